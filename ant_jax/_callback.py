@@ -1,0 +1,215 @@
+"""The callback type and the table of hooks."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Never
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """How one hook is called.
+
+    Attributes:
+        lead: what stands before ``trainer``: ``"epoch"``, ``"batch_idx"``, ``"exception"``, or nothing.
+        grads: whether the gradients go in and come out.
+    """
+
+    lead: str | None = None
+    grads: bool = False
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """What goes in after ``trainer`` and comes out, in order."""
+        return ("state", "grads", "logs") if self.grads else ("state", "logs")
+
+
+# One rule: what comes after `trainer` goes in and comes out, in the same order.
+HOOKS: Mapping[str, Hook] = {
+    "on_train_begin": Hook(),
+    "on_epoch_begin": Hook("epoch"),
+    "on_batch_begin": Hook("batch_idx"),
+    "on_backward_end": Hook("batch_idx", grads=True),
+    "on_before_update": Hook("batch_idx", grads=True),
+    "on_batch_end": Hook("batch_idx"),
+    "on_evaluate_begin": Hook(),
+    "on_evaluate_end": Hook(),
+    "on_epoch_end": Hook("epoch"),
+    "on_train_end": Hook(),
+    "on_exception": Hook("exception"),
+}
+GRADIENT_HOOKS = tuple(name for name, hook in HOOKS.items() if hook.grads)  # always traced
+BATCH_HOOKS = ("on_batch_begin", "on_batch_end")  # in the step when the callback is traced
+HOST_HOOKS = ("on_exception",)  # on the host, even of a traced callback
+
+HookFn = Callable[..., tuple[Any, ...]]
+
+
+class Callback:
+    """A set of pure functions that the trainer calls at fixed points; see :data:`HOOKS` for their arguments.
+
+    Every hook takes ``state`` and ``logs`` (and ``grads``) and returns them, changed or not, in the same order. Write
+    one as functions, ``Callback(name="double", on_backward_end=...)``, or as methods of a frozen dataclass::
+
+        @dataclasses.dataclass(frozen=True)
+        class Double(ant_jax.Callback):
+            factor: float = 2.0
+
+            def on_backward_end(self, batch_idx, trainer, state, grads, logs):
+                return state, jax.tree.map(lambda g: g * self.factor, grads), logs
+
+    A callback is configuration and never changes; what it must remember is ``state.callback_states[name]``, made by
+    ``init(state)`` when the run begins and replaced with ``state.with_callback_state(name, value)``.
+
+    ``on_backward_end`` and ``on_before_update`` are always traced into the compiled step. The other hooks run on the
+    host unless the callback is ``traced``: then its batch hooks run inside the step too, and its other hooks are pure
+    JAX as well. ``on_exception`` always runs on the host.
+
+    Args:
+        name: unique among the callbacks of a trainer; by default, a subclass's name in snake_case.
+        init: ``init(state) -> memory``, any pytree.
+        traced: whether all hooks are pure JAX.
+        every: how often a host callback's batch hooks look: every that many batches and at the last batch of an
+            epoch; ``None``, whenever the host next has control. One look is one ``on_batch_begin`` and the
+            ``on_batch_end`` that belongs to it; ``logs.window`` holds the batches between them.
+        on_train_begin: and the other hooks, one function each; one that is not given is never called.
+
+    Raises:
+        TypeError: a hook that does not exist, or one that cannot be called.
+        ValueError: a bad ``every``.
+
+    >>> double = Callback(
+    ...     name="double",
+    ...     on_backward_end=lambda batch_idx, trainer, state, grads, logs: (
+    ...         state, jax.tree.map(lambda g: 2 * g, grads), logs
+    ...     ),
+    ... )
+    >>> Callback(name="typo", on_epoch_edn=print)
+    Traceback (most recent call last):
+    ...
+    TypeError: Callback 'typo' has no hook named 'on_epoch_edn'; did you mean 'on_epoch_end'?
+    """
+
+    name: str = ""
+    traced: bool = False
+    every: int | None = 1
+
+    def __init__(
+        self,
+        *,
+        name: str = "",
+        init: Callable[[Any], Any] | None = None,
+        traced: bool = False,
+        every: int | None = 1,
+        on_train_begin: HookFn | None = None,
+        on_epoch_begin: HookFn | None = None,
+        on_batch_begin: HookFn | None = None,
+        on_backward_end: HookFn | None = None,
+        on_before_update: HookFn | None = None,
+        on_batch_end: HookFn | None = None,
+        on_evaluate_begin: HookFn | None = None,
+        on_evaluate_end: HookFn | None = None,
+        on_epoch_end: HookFn | None = None,
+        on_train_end: HookFn | None = None,
+        on_exception: HookFn | None = None,
+        **misspelt: Never,
+    ):
+        _refuse_misspelt(f"Callback {name!r}", misspelt)
+        hooks = {
+            "on_train_begin": on_train_begin,
+            "on_epoch_begin": on_epoch_begin,
+            "on_batch_begin": on_batch_begin,
+            "on_backward_end": on_backward_end,
+            "on_before_update": on_before_update,
+            "on_batch_end": on_batch_end,
+            "on_evaluate_begin": on_evaluate_begin,
+            "on_evaluate_end": on_evaluate_end,
+            "on_epoch_end": on_epoch_end,
+            "on_train_end": on_train_end,
+            "on_exception": on_exception,
+        }
+        given = {hook: function for hook, function in hooks.items() if function is not None}
+        given |= {"name": name} if name else {}
+        given |= {"init": init} if init is not None else {}
+        for attribute, value in {"traced": traced, "every": every, **given}.items():
+            object.__setattr__(self, attribute, value)
+        _check(self)
+
+    def init(self, state: Any) -> Any:
+        """Make the callback's memory for a run that begins at ``state``: any pytree, or ``None`` to keep none."""
+        del state
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        _refuse_misspelt(f"class {cls.__name__}", vars(cls))
+        if "name" not in vars(cls):
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        raise TypeError(
+            f"callback {self.name!r} cannot change (self.{attribute} = ...): configuration belongs in fields of a "
+            f"@dataclasses.dataclass(frozen=True), memory in state.callback_states[{self.name!r}], made by init(state)"
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(name={self.name!r}, hooks={', '.join(hooks_of(self)) or 'none'})"
+
+
+def hooks_of(callback: Callback) -> dict[str, HookFn]:
+    """The hooks that ``callback`` defines, by name, in the order of :data:`HOOKS`."""
+    return {name: getattr(callback, name) for name in HOOKS if getattr(callback, name, None) is not None}
+
+
+def in_step(callback: Callback) -> bool:
+    """Whether any hook of ``callback`` runs inside compiled code, so that its memory lives on the device."""
+    return callback.traced or any(name in GRADIENT_HOOKS for name in hooks_of(callback))
+
+
+def checked(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
+    """Return the callbacks as a tuple after checking each, and that their names are unique.
+
+    Raises:
+        TypeError: something that is not a ``Callback``, or a broken one.
+        ValueError: a name used twice, or a bad ``every``.
+    """
+    callbacks = tuple(callbacks)
+    names: set[str] = set()
+    for position, callback in enumerate(callbacks):
+        if not isinstance(callback, Callback):
+            hint = "; call the factory" if callable(callback) else ""
+            raise TypeError(f"callbacks[{position}] is not an ant_jax.Callback but {callback!r}{hint}")
+        _check(callback)
+        if callback.name in names:
+            raise ValueError(
+                f"two callbacks are named {callback.name!r}; a name keys the callback's memory in the checkpoint, so "
+                f"give one of them another: name=..."
+            )
+        names.add(callback.name)
+    return callbacks
+
+
+def _check(callback: Callback) -> None:
+    if not isinstance(callback.name, str) or not callback.name:
+        raise TypeError(f"a callback's name must be a non-empty string, got {callback.name!r}")
+    for hook, function in hooks_of(callback).items():
+        if not callable(function):
+            raise TypeError(f"callback {callback.name!r}: {hook} must be a function, got {function!r}")
+    every = callback.every
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ValueError(f"callback {callback.name!r}: every must be a whole number of batches or None, got {every!r}")
+    if callback.traced and every != 1:
+        raise ValueError(
+            f"callback {callback.name!r} is traced, so it runs in every step; every={every!r} is for host ones"
+        )
+
+
+def _refuse_misspelt(owner: str, attributes: Iterable[str]) -> None:
+    for name in attributes:
+        if name in HOOKS or not name.startswith("on_") and not owner.startswith("Callback "):
+            continue
+        near = difflib.get_close_matches(name, HOOKS, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"the hooks are {', '.join(HOOKS)}"
+        raise TypeError(f"{owner} has no hook named {name!r}; {remedy}")

@@ -1,0 +1,76 @@
+"""The read-only mapping of logs that every hook is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+
+class UnknownLog(KeyError):
+    """A log was asked for that is not there; the message lists what there is."""
+
+    def __str__(self) -> str:  # KeyError shows the repr of its message, quotes and all
+        return self.args[0]
+
+
+class Logs(Mapping[str, Any]):
+    """A read-only mapping from names to logged values.
+
+    To publish a value, a hook returns a new mapping: ``return state, {**logs, "lr": lr}``. Values computed by the
+    compiled step stay device arrays until they are read.
+
+    Attributes:
+        window: every batch's values since this callback last looked, as arrays whose first axis is the batch
+            (``logs.window["loss"][-1]`` is this batch's loss). Empty in hooks that are not batch hooks. Reading it
+            waits for the device.
+
+    >>> logs = Logs({"loss": 0.5})
+    >>> logs["loss"], dict(logs)
+    (0.5, {'loss': 0.5})
+    >>> logs["los"]
+    Traceback (most recent call last):
+    ...
+    ant_jax._logs.UnknownLog: there is no log named 'los'; the logs here are: loss
+    >>> logs["lr"] = 0.1
+    Traceback (most recent call last):
+    ...
+    TypeError: logs are read-only; to publish 'lr', return {**logs, 'lr': value}
+    """
+
+    __slots__ = ("_values", "_window")
+
+    def __init__(self, values: Mapping[str, Any], window: Callable[[], Mapping[str, np.ndarray]] | None = None):
+        self._values = dict(values)
+        self._window = window
+
+    @property
+    def window(self) -> Mapping[str, np.ndarray]:
+        """Every batch's values since this callback last looked; see the class."""
+        return {} if self._window is None else self._window()
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self._values[name]
+        except KeyError:
+            there = ", ".join(map(str, self._values)) or "none"
+            raise UnknownLog(f"there is no log named {name!r}; the logs here are: {there}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise TypeError(f"logs are read-only; to publish {name!r}, return {{**logs, {name!r}: value}}")
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"logs are read-only; {name!r} cannot be removed")
+
+    def __repr__(self) -> str:
+        return f"Logs({self._values!r})"

@@ -1,0 +1,80 @@
+"""How often host callbacks look at the batches, and what they see when they do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ant_jax._callback import Callback
+from ant_jax._engine import LAUNCH_SECONDS, Launch
+from ant_jax._logs import Logs
+
+
+class Look:
+    """One host callback's looks at the batches: which ones, and the batches that have passed since the last.
+
+    A look is a window of batches with an ``on_batch_begin`` before it and an ``on_batch_end`` after it. With
+    ``every=N`` windows begin at batches 0, N, 2N, ...; with ``every=None``, wherever the host next has control.
+
+    Args:
+        callback: whose looks.
+
+    Attributes:
+        callback: the same.
+        open: whether the window has begun and not ended.
+    """
+
+    def __init__(self, callback: Callback):
+        self.callback = callback
+        self.open = False
+        self._published: Mapping[str, Any] = {}
+        self._launches: list[Launch] = []
+        self._ended_at = time.monotonic()
+
+    def batches_left(self, batch_idx: int) -> int | None:
+        """Batches from here to the end of the window; ``None`` when it ends wherever the host has control."""
+        every = self.callback.every
+        return None if every is None else every - batch_idx % every
+
+    def begins(self, batch_idx: int) -> bool:
+        """Whether a window begins before this batch."""
+        every = self.callback.every
+        return not self.open and (every is None or batch_idx % every == 0)
+
+    def ends(self, batches_done: int) -> bool:
+        """Whether the window ends when so many batches of the epoch are done."""
+        every = self.callback.every
+        if every is None:
+            return time.monotonic() - self._ended_at > LAUNCH_SECONDS / 2
+        return batches_done % every == 0
+
+    def passed(self, launch: Launch) -> None:
+        """Note the logs of a launch."""
+        self._launches.append(launch)
+
+    def begin(self, logs: Mapping[str, Any]) -> None:
+        """Open the window; ``logs`` are as its beginning left them."""
+        self.open, self._published = True, {name: value for name, value in logs.items() if name != "batch_size"}
+
+    def end(self, logs: Mapping[str, Any]) -> Logs:
+        """Close the window; returns ``logs`` for its end, with all that has passed in it."""
+        launches, self._launches = self._launches, []
+        self.open, self._ended_at = False, time.monotonic()
+        return Logs({**logs, **self._published}, lambda: _read(launches))
+
+
+def _read(launches: list[Launch]) -> dict[str, np.ndarray]:
+    """Join the logs of launches into arrays whose first axis is the batch; waits for the device."""
+    done = [launch for launch in launches if launch.steps]
+    if not done:
+        return {}
+    return {name: np.concatenate([_rows(launch, name) for launch in done]) for name in done[0].latest}
+
+
+def _rows(launch: Launch, name: str) -> np.ndarray:
+    if launch.rows is None:
+        return np.asarray(launch.latest[name])[None]
+    return np.asarray(launch.rows[name])[launch.start : launch.start + launch.steps]

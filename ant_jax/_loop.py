@@ -1,0 +1,235 @@
+"""The host loop of ``fit``: the hooks in their order, and between them launches of the compiled step.
+
+The loop, in the one place where it is written down (``tests/test_loop.py`` holds it)::
+
+    on_train_begin
+    for epoch in range(state.epoch, num_epochs):
+        on_epoch_begin                                       # not when going on inside an epoch
+        for batch_idx, batch in enumerate(train_loader):     # from state.batch_idx on
+            on_batch_begin
+            [compiled]  forward, loss, backward              # the gradient of this batch: unscaled, in float32
+            [compiled]  on_backward_end                      # in list order
+            [compiled]  accumulate; when the window closes:
+            [compiled]      on_before_update -> max_grad_norm clip -> optax update
+            on_batch_end
+        on_evaluate_begin; [compiled] evaluation; on_evaluate_end     # when there is a val_loader
+        on_epoch_end
+    on_train_end
+
+A request to stop ends the batches; evaluation, ``on_epoch_end`` and ``on_train_end`` still come, each if its scope was
+opened. After an exception ``on_exception`` comes, and nothing else. Of the batch hooks, those of host callbacks come
+around launches, ``every`` so many batches, and those of traced callbacks inside the step, at every batch.
+
+What is published when a scope opens is still in the logs when it closes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ant_jax._engine import (
+    LAUNCH_SECONDS,
+    Cursor,
+    Launch,
+    Programs,
+    TrainProgram,
+    means,
+    on_device,
+    rows_of,
+)
+from ant_jax._events import Events
+from ant_jax._live import Live
+from ant_jax._logs import Logs
+from ant_jax._looks import Look
+from ant_jax._state import TrainState
+from ant_jax.data import Ahead, Feed
+
+
+class Loop:
+    """One call of ``fit``.
+
+    Args:
+        trainer: what host hooks are given.
+        events: its callbacks.
+        programs: its compiled programs.
+        state: to begin with.
+        train_loader: any iterable of batches.
+        val_loader: the same, or ``None``.
+        num_epochs: when to end.
+        steps_per_epoch: batches in an epoch, or ``None`` when the loader ends.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        events: Events,
+        programs: Programs,
+        state: TrainState,
+        train_loader: Any,
+        val_loader: Any,
+        num_epochs: int,
+        steps_per_epoch: int | None,
+    ):
+        self._trainer, self._events, self._programs = trainer, events, programs
+        self._train_loader, self._val_loader = train_loader, val_loader
+        self._num_epochs, self._steps_per_epoch = num_epochs, steps_per_epoch
+        self._live = Live(state.replace(stop=False), events.device_names)
+
+    def run(self) -> TrainState:
+        """Train to the end."""
+        try:
+            return self._train()
+        except BaseException as error:
+            self._events.tell(error, self._trainer, self._live.get())
+            raise
+
+    def _train(self) -> TrainState:
+        live = self._live
+        opening = self._hook("on_train_begin", None, {})
+        closing: Mapping[str, Any] = {}
+        while live.host.epoch < self._num_epochs and not live.stop:
+            closing = self._epoch(live.host.epoch)
+        self._hook("on_train_end", None, {**opening, **closing})
+        return live.get()
+
+    def _epoch(self, epoch: int) -> Mapping[str, Any]:
+        live = self._live
+        opening: Mapping[str, Any] = {}
+        if live.host.batch_idx == 0:
+            opening = self._hook("on_epoch_begin", epoch, {})
+        trained, evaluated = {}, {}
+        if not live.stop:
+            trained = self._batches(epoch)
+            if self._val_loader is not None:
+                state, evaluated = evaluate(
+                    self._trainer, self._events, self._programs, live.get(), self._val_loader, "val_loader"
+                )
+                live.put(state)
+                del state  # who still refers to the state when the next launch overwrites it, makes it copy
+        closing = self._hook("on_epoch_end", epoch, {**opening, **trained, **evaluated})
+        live.move(epoch=epoch + 1, batch_idx=0, history=live.host.history.appended(closing), published={})
+        return closing
+
+    def _batches(self, epoch: int) -> dict[str, Any]:
+        """Train on the batches of an epoch; returns their means as ``train_`` logs."""
+        live = self._live
+        feed = Feed(self._train_loader, "train_loader", epoch, live.host.batch_idx, self._steps_per_epoch)
+        program = self._programs.train(live, feed.first)
+        if live.host.batch_idx == 0:
+            live.update(
+                log_sums=program.zero_sums(),
+                accumulator=jax.tree.map(jnp.zeros_like, live.on_device().accumulator),
+            )
+        looks = [Look(callback) for callback in self._events.watchers]
+        chunks = Ahead(feed.chunks(rows_of(feed, program.fused), LAUNCH_SECONDS), on_device)
+        for chunk in chunks:
+            cursor = Cursor(chunk, live.host.batch_idx)
+            while cursor.remaining and not live.stop:
+                self._begin_looks(looks, cursor)
+                launch = program.launch(live, cursor, self._length(looks, program, cursor))
+                if not cursor.remaining:
+                    chunks.fetch()
+                program.pace.launched(launch)
+                self._end_looks(looks, cursor, launch)
+            if live.stop:
+                break
+        program.pace.interrupted()
+        return self._epoch_means()
+
+    def _length(self, looks: list[Look], program: TrainProgram, cursor: Cursor) -> int:
+        """How many batches to launch: to the next look or the end of the chunk, and no longer than the pace allows."""
+        bounds = [look.batches_left(cursor.batch_idx) for look in looks]
+        longest = program.pace.steps if program.fused else 1
+        return min([cursor.remaining, longest, *(bound for bound in bounds if bound is not None)])
+
+    def _begin_looks(self, looks: list[Look], cursor: Cursor) -> None:
+        beginning = [look for look in looks if look.begins(cursor.batch_idx)]
+        logs: Mapping[str, Any] = {"batch_size": cursor.chunk.examples}
+        if beginning and self._events.has("on_batch_begin"):
+            logs = self._look("on_batch_begin", beginning, cursor.batch_idx, logs)
+        for look in beginning:
+            look.begin(logs)
+
+    def _end_looks(self, looks: list[Look], cursor: Cursor, launch: Launch) -> None:
+        """Run ``on_batch_end`` of those whose window ends here; of all, when no more batches follow."""
+        for look in looks:
+            look.passed(launch)
+        over = cursor.chunk.last and not cursor.remaining
+        logs: Mapping[str, Any] = {"batch_size": cursor.chunk.examples, **launch.latest}
+        while ending := [
+            look for look in looks if look.open and (over or self._live.stop or look.ends(cursor.batch_idx))
+        ]:  # once more if one of them asks to stop: then the windows that were not due end here, too
+            logs = self._look("on_batch_end", ending, cursor.batch_idx - 1, logs)
+        if len(logs) > len(launch.latest) + 1:
+            self._sum_published(logs, launch, cursor.chunk.examples)
+
+    def _look(self, name: str, looks: list[Look], batch_idx: int, logs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Run a batch hook of some host callbacks, in their order."""
+        given = state = self._live.get()
+        for look in looks:
+            seen = look.end(logs) if name == "on_batch_end" else Logs(logs)
+            state, logs = self._events.look(name, look.callback, batch_idx, self._trainer, state, seen)
+        if state is not given:
+            self._live.put(state)
+        return logs
+
+    def _sum_published(self, logs: Mapping[str, Any], launch: Launch, examples: int) -> None:
+        """Add what host callbacks have published, weighted by the examples of the batch that they looked at."""
+        sums = dict(self._live.host.published)
+        for name in logs:
+            if name not in launch.latest and name != "batch_size":
+                total, weight = sums.get(name, (0.0, 0))
+                sums[name] = (total + logs[name] * examples, weight + examples)
+        self._live.move(published=sums)
+
+    def _epoch_means(self) -> dict[str, Any]:
+        values = means(self._live.on_device().log_sums)
+        values |= {name: total / weight for name, (total, weight) in self._live.host.published.items()}
+        self._live.update(log_sums={})
+        return {f"train_{name}": values[name] for name in loss_first(values)}
+
+    def _hook(self, name: str, lead: Any, logs: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self._events.has(name):
+            given = self._live.get()
+            state, logs = self._events.host_hook(name, lead, self._trainer, given, logs)
+            if state is not given:
+                self._live.put(state)
+        return logs
+
+
+def evaluate(
+    trainer: Any, events: Events, programs: Programs, state: TrainState, loader: Any, name: str
+) -> tuple[TrainState, Mapping[str, Any]]:
+    """Run the evaluation hooks, and between them the evaluation of every batch.
+
+    Args:
+        trainer: what host hooks are given.
+        events: its callbacks.
+        programs: its compiled programs.
+        state: to evaluate.
+        loader: any iterable of batches.
+        name: what errors call the loader.
+
+    Returns:
+        The state and the logs as the last ``on_evaluate_end`` left them.
+    """
+    state, opening = events.host_hook("on_evaluate_begin", None, trainer, state, {})
+    feed = Feed(loader, name)
+    program = programs.evaluation(state, feed.first)
+    sums = program.zero_sums()
+    for chunk in feed.chunks(rows_of(feed, program.fused), LAUNCH_SECONDS):
+        before, chunk = sums, on_device(chunk)
+        sums = program.add(state.params, state.model_state, chunk, before)
+        jax.block_until_ready(before)  # no more than two chunks under way
+    values = means(sums)
+    logs = {**opening, **{f"val_{name}": values[name] for name in loss_first(values)}}
+    return events.host_hook("on_evaluate_end", None, trainer, state, logs)
+
+
+def loss_first(names: Mapping[str, Any]) -> list[str]:
+    """Sort the names of logs, the loss before the others."""
+    return sorted(names, key=lambda name: (name != "loss", name))

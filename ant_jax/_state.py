@@ -1,0 +1,197 @@
+"""The state of a run: one immutable value."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.training.dynamic_scale import DynamicScale
+
+from ant_jax._history import History
+from ant_jax._trees import PyTree, differences
+
+
+class StateMismatch(ValueError):
+    """A state does not belong to the trainer that it was given to; the message says how it differs."""
+
+
+class HostFieldError(RuntimeError):
+    """A host field of the state was read inside the compiled step, where it has no value."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HostFields:
+    """What the host knows about a run. Plain Python: it never enters the compiled step.
+
+    Attributes:
+        epoch: the epoch under way, or the next one; counted from 0.
+        batch_idx: batches of this epoch that are done.
+        history: the logs of the epochs that are done.
+        published: sum and weight of every value that host hooks have published in this epoch.
+    """
+
+    epoch: int = 0
+    batch_idx: int = 0
+    history: History = History()
+    published: Mapping[str, tuple[Any, int]] = dataclasses.field(default_factory=dict)
+
+    def __hash__(self) -> int:  # makes a whole TrainState a valid argument of a user's own jax.jit
+        return hash((self.epoch, self.batch_idx, len(self.history)))
+
+
+@struct.dataclass
+class Accumulator:
+    """The gradients of an open accumulation window.
+
+    Attributes:
+        grads: float32, like the parameters: the sum so far.
+        examples: int32 scalar, examples in the sum.
+        micro_batches: int32 scalar, batches since the window opened.
+    """
+
+    grads: PyTree
+    examples: chex.Array
+    micro_batches: chex.Array
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that decides the future of a run; made by ``Trainer.init``.
+
+    Immutable: ``state.replace(params=...)`` returns another state. It is a pytree whose leaves are the fields below;
+    ``epoch``, ``batch_idx`` and ``history`` are host fields, plain Python that reading never waits for, and that has no
+    value inside the compiled step.
+
+    Attributes:
+        step: int32 scalar, batches trained on since ``init``; the index of the batch that is under way.
+        params: the model's parameters.
+        model_state: whatever else the model carries, such as batch statistics; ``{}`` when it carries nothing.
+        opt_state: the optax optimizer's state.
+        key: a typed random key. It never changes: step ``i`` draws from ``jax.random.fold_in(key, i)``.
+        accumulator: the open accumulation window; ``None`` when ``gradient_accumulation_steps`` is 1.
+        loss_scale: flax's ``DynamicScale``; ``None`` unless the precision is float16.
+        log_sums: for every log of the epoch under way, the sum over examples and the examples that it counts.
+        callback_states: each callback's own memory, by the callback's name.
+        stop: whether a callback has asked the run to end.
+        host: the host fields; ``None`` inside the compiled step.
+    """
+
+    step: chex.Array
+    params: PyTree
+    model_state: PyTree
+    opt_state: PyTree
+    key: chex.PRNGKey
+    accumulator: Accumulator | None
+    loss_scale: DynamicScale | None
+    log_sums: Mapping[str, tuple[Any, Any]]
+    callback_states: Mapping[str, Any]
+    stop: bool | chex.Array
+    host: HostFields | None = struct.field(pytree_node=False)
+
+    if TYPE_CHECKING:  # flax.struct adds the method; type checkers do not know
+
+        def replace(self, **updates: Any) -> TrainState:
+            """Return the state with some of its fields replaced."""
+            ...
+
+    @property
+    def epoch(self) -> int:
+        """The epoch under way, or the next one; counted from 0."""
+        return self.on_host("epoch").epoch
+
+    @property
+    def batch_idx(self) -> int:
+        """Batches of this epoch that are done."""
+        return self.on_host("batch_idx").batch_idx
+
+    @property
+    def history(self) -> History:
+        """The logs of the epochs that are done."""
+        return self.on_host("history").history
+
+    @property
+    def window_open(self) -> bool | chex.Array:
+        """Whether gradients are waiting for their accumulation window to close; ``False`` without accumulation."""
+        return False if self.accumulator is None else self.accumulator.micro_batches > 0
+
+    def request_stop(self, when: bool | chex.Array = True) -> TrainState:
+        """Ask the run to end after this hook; scopes that are open still close in order.
+
+        Args:
+            when: whether to ask at all: a bool, or in a traced hook a boolean scalar (``wait >= patience``), since
+                a Python ``if`` cannot read a traced value.
+
+        Returns:
+            The state with the request in it. A request cannot be taken back by a later callback's ``when=False``.
+        """
+        if self.host is None:
+            return self.replace(stop=jnp.logical_or(self.stop, when))
+        return self.replace(stop=bool(self.stop) or bool(when))
+
+    def with_callback_state(self, name: str, value: Any) -> TrainState:
+        """Return the state in which the callback ``name`` remembers ``value``.
+
+        Raises:
+            KeyError: no callback of that name has a memory (a callback gets one by defining ``init``).
+        """
+        if name not in self.callback_states:
+            known = ", ".join(map(repr, self.callback_states)) or "none"
+            raise KeyError(
+                f"no callback named {name!r} has a memory here (there are: {known}); a callback gets one by defining "
+                f"init(state), and a host callback's memory is out of reach of traced hooks"
+            )
+        memories = {**self.callback_states, name: value}
+        return self.replace(callback_states=memories)
+
+    def on_host(self, field: str = "host") -> HostFields:
+        """Return the host fields.
+
+        Raises:
+            HostFieldError: inside compiled code; the message names ``field``.
+        """
+        if self.host is None:
+            raise HostFieldError(
+                f"state.{field} is a host field and has no value inside a traced hook. Use state.step, or the epoch or "
+                f"batch_idx that the hook is given, or write a host callback (traced=False)"
+            )
+        return self.host
+
+
+def moved(state: TrainState, **fields: Any) -> TrainState:
+    """Return ``state`` with some of its host fields replaced."""
+    return state.replace(host=dataclasses.replace(state.on_host(next(iter(fields))), **fields))
+
+
+def strong(leaf: Any, like: Any = None) -> jax.Array:
+    """Turn a leaf into a device array whose dtype is its own, not a Python scalar's weak one.
+
+    A weakly typed leaf would give the compiled step another signature, and so compile it once more.
+
+    Args:
+        leaf: an array or a Python scalar.
+        like: the array that it replaces, whose dtype and sharding it takes.
+    """
+    weak = getattr(leaf, "weak_type", False)  # arrays of random keys have no such attribute
+    if isinstance(leaf, jax.Array) and not weak and (like is None or leaf.sharding == like.sharding):
+        return leaf
+    if like is None:
+        array = jnp.asarray(leaf)
+        return jnp.asarray(array, dtype=array.dtype)
+    return jax.device_put(jnp.asarray(leaf, dtype=like.dtype), like.sharding)
+
+
+def refuse_mismatch(what: str, expected: PyTree, actual: PyTree, owner: str, *, dtypes: bool = True) -> None:
+    """Raise StateMismatch if ``actual``, the state's ``what``, is not of the form that ``owner`` expects."""
+    lines = differences(expected, actual, dtypes=dtypes)
+    if lines:
+        more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
+        raise StateMismatch(
+            f"{what} does not fit {owner}; is the state another trainer's? Make one with this trainer's init.\n  "
+            + "\n  ".join(lines[:10])
+            + more
+        )

@@ -1,0 +1,292 @@
+"""The pure step: gradient, hooks, optax. What is compiled, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from ant_jax._events import Events
+from ant_jax._logs import Logs
+from ant_jax._models import PureModel
+from ant_jax._state import Accumulator, TrainState
+from ant_jax._trees import PyTree, describe, describe_tree
+from ant_jax.data import batch_size_of
+
+
+# (params, model_state, batch, key) -> (loss, (model_state, logs)). A criterion(outputs, targets) is brought into this
+# form, which is the only one that the step knows.
+LossFn = Callable[[Any, Any, Any, Any], tuple[Any, tuple[Any, Mapping[str, Any]]]]
+
+# Logs that the step itself writes; a metric cannot have one of these names.
+STEP_LOGS = ("batch_size", "loss", "step_skipped", "loss_scale")
+
+COMPUTE_DTYPES: Mapping[str, Any] = {"float32": None, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+class StepResult(NamedTuple):
+    """What one step returns.
+
+    Attributes:
+        state: after the step; its ``stop`` is ``None``.
+        stop: boolean scalar, whether a traced hook asked to stop; ``None`` when no traced hook can.
+        logs: every log of this batch, as arrays.
+        weights: how many examples each log stands for, int32 scalars.
+    """
+
+    state: TrainState
+    stop: jax.Array | None
+    logs: dict[str, jax.Array]
+    weights: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The arithmetic of one trainer, as pure functions of state and batch.
+
+    Attributes:
+        loss_fn: ``(params, model_state, batch, key) -> (loss, (model_state, logs))``; no ``key`` in evaluation.
+        optimizer: takes the gradients that ``on_before_update`` leaves.
+        events: whose traced hooks run inside the step.
+        accumulation_steps: micro-batches in a window.
+        accumulation_mean: ``"examples"`` or ``"steps"``; see ``Trainer``.
+        max_grad_norm: global norm to clip to before the update, or ``None``.
+    """
+
+    loss_fn: LossFn
+    optimizer: optax.GradientTransformationExtraArgs
+    events: Events
+    accumulation_steps: int
+    accumulation_mean: str
+    max_grad_norm: float | None
+
+    def gradients(self, state: TrainState, batch: PyTree) -> tuple[TrainState, PyTree, dict[str, Any], Any]:
+        """Differentiate the loss of one micro-batch.
+
+        Returns:
+            The state with the new model state and loss scale; the gradients, unscaled and in float32; the logs; and
+            whether all gradients are finite, ``None`` when nobody scales the loss.
+        """
+        key = jax.random.fold_in(state.key, state.step)
+
+        def loss_of(params: PyTree) -> tuple[Any, tuple[Any, Mapping[str, Any]]]:
+            return self.loss_fn(params, state.model_state, batch, key)
+
+        if state.loss_scale is None:
+            (loss, (model_state, logs)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+            grads = jax.tree.map(_to_float32, grads)
+            return state.replace(model_state=model_state), grads, {"loss": loss, **logs}, None
+        loss_scale, finite, (loss, (model_state, logs)), grads = state.loss_scale.value_and_grad(loss_of, has_aux=True)(
+            state.params
+        )
+        skipped = {"step_skipped": 1.0 - finite.astype(jnp.float32), "loss_scale": state.loss_scale.scale}
+        model_state = _where(finite, model_state, state.model_state)
+        state = state.replace(model_state=model_state, loss_scale=loss_scale)
+        return state, grads, {"loss": loss, **logs, **skipped}, finite
+
+    def train_step(self, state: TrainState, batch: PyTree, batch_idx: Any, last: Any) -> StepResult:
+        """Train on one micro-batch; a pure function, made to be compiled.
+
+        Args:
+            state: without host fields, ``stop`` and ``log_sums``.
+            batch: any pytree of arrays.
+            batch_idx: int32 scalar, the position in the epoch.
+            last: boolean scalar, whether the epoch ends with this batch, so that an open window closes.
+        """
+        run_hook = self.events.step_hook
+        stop: Any = jnp.bool_(False)
+        examples = batch_size_of(batch)
+        state = state.replace(stop=stop)
+        state, logs = run_hook("on_batch_begin", batch_idx, state, Logs({"batch_size": examples}))
+
+        before_hooks, grads, step_logs, finite = self.gradients(state, batch)
+        logs = Logs({**logs, **step_logs})
+        state, grads, logs = run_hook("on_backward_end", batch_idx, before_hooks, grads, logs)
+        if finite is not None:  # what hooks made of gradients that overflowed must not stay
+            state = _where(finite, state, before_hooks)
+
+        counted = examples if finite is None else jnp.where(finite, examples, 0)
+        state, grads, due, in_update = self._accumulate(state, grads, counted, finite, last)
+        seen = set(logs)
+        state, logs = self._update_if(due, batch_idx, state, grads, logs)
+        weights = {name: counted if name in seen else in_update for name in logs}
+
+        state = state.replace(step=state.step + 1)
+        state, logs = run_hook("on_batch_end", batch_idx, state, logs)
+        weights |= {name: examples for name in logs if name not in weights or name in ("step_skipped", "loss_scale")}
+        values = {name: jnp.asarray(value) for name, value in logs.items() if name != "batch_size"}
+        stop = None if state.stop is stop else state.stop
+        counts = {name: jnp.asarray(weights[name], jnp.int32) for name in values}
+        return StepResult(state.replace(stop=None), stop, values, counts)
+
+    def _accumulate(
+        self, state: TrainState, grads: PyTree, counted: Any, finite: Any, last: Any
+    ) -> tuple[TrainState, PyTree, Any, Any]:
+        """Add the gradients to the window.
+
+        Returns:
+            The state, the gradients to update with, whether to update now (``None`` when always) and how many examples
+            they stand for.
+        """
+        window = state.accumulator
+        if window is None:
+            return state, grads, finite, counted
+        if finite is not None:
+            grads = _where(finite, grads, jax.tree.map(jnp.zeros_like, grads))
+        by_examples = self.accumulation_mean == "examples"
+        weight = jnp.asarray(counted, jnp.float32) if by_examples else 1.0 / self.accumulation_steps
+        sums = jax.tree.map(lambda total, grad: total + weight * grad, window.grads, grads)
+        examples = window.examples + counted
+        micro_batches = window.micro_batches + 1
+        closes = (micro_batches == self.accumulation_steps) | last
+        # A window in which every micro-batch overflowed closes without an update.
+        due = closes & (examples > 0)
+        kept = Accumulator(sums, examples, micro_batches)
+        state = state.replace(accumulator=_where(closes, jax.tree.map(jnp.zeros_like, kept), kept))
+        divisor = jnp.maximum(examples, 1).astype(jnp.float32) if by_examples else None
+        mean = sums if divisor is None else jax.tree.map(lambda total: total / divisor, sums)
+        return state, mean, due, jnp.where(due, examples, 0)
+
+    def _update_if(
+        self, due: Any, batch_idx: Any, state: TrainState, grads: PyTree, logs: Logs
+    ) -> tuple[TrainState, Logs]:
+        """Run ``_update`` where ``due``; a log that it would publish is NaN (0, for an integer) where it is not."""
+        if due is None:
+            return self._update(batch_idx, state, grads, logs)
+
+        def update(operand: tuple[TrainState, PyTree]) -> tuple[TrainState, dict[str, chex.Array]]:
+            new_state, new_logs = self._update(batch_idx, *operand, logs)
+            return new_state, {name: jnp.asarray(value) for name, value in new_logs.items()}
+
+        _, published = jax.eval_shape(update, (state, grads))
+        kept = {name: jnp.asarray(logs[name]) if name in logs else _absent(like) for name, like in published.items()}
+        state, values = jax.lax.cond(due, update, lambda operand: (operand[0], kept), (state, grads))
+        return state, Logs({**values, "batch_size": logs["batch_size"]})
+
+    def _update(self, batch_idx: Any, state: TrainState, grads: PyTree, logs: Logs) -> tuple[TrainState, Logs]:
+        state, grads, logs = self.events.step_hook("on_before_update", batch_idx, state, grads, logs)
+        if self.max_grad_norm is not None:
+            grads, _ = optax.clip_by_global_norm(self.max_grad_norm).update(grads, optax.EmptyState())
+        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        return state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state), logs
+
+    def evaluation_step(self, params: PyTree, model_state: PyTree, batch: PyTree) -> Any:
+        """Return the loss and the metrics of one batch in evaluation mode, as a mapping."""
+        loss, (_, logs) = self.loss_fn(params, model_state, batch, None)
+        return {"loss": jnp.asarray(loss), **{name: jnp.asarray(value) for name, value in logs.items()}}
+
+
+def criterion_loss(
+    model: PureModel,
+    criterion: Callable[[Any, Any], Any],
+    metrics: Mapping[str, Callable[[Any, Any], Any]],
+    precision: str,
+) -> LossFn:
+    """Make the general loss function of ``criterion(outputs, targets)``, on batches ``(inputs, targets)``."""
+    dtype = COMPUTE_DTYPES[precision]
+
+    def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[Any, tuple[Any, dict[str, Any]]]:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(
+                f"criterion needs batches of the form (inputs, targets), got {describe_tree(batch)}; for any other "
+                f"batch give the Trainer a loss_fn(params, model_state, batch, key) instead"
+            )
+        inputs, targets = batch
+        outputs, new_state = model.apply(cast_floating(params, dtype), model_state, cast_floating(inputs, dtype), key)
+        outputs = jax.tree.map(_to_float32, outputs)
+        size = batch_size_of(batch)
+        loss = _reduced("criterion", criterion, outputs, targets, size)
+        logs = {name: _reduced(f"metric {name!r}", metric, outputs, targets, size) for name, metric in metrics.items()}
+        return loss, (_like(model_state, new_state), logs)
+
+    return loss_fn
+
+
+def general_loss(loss_fn: LossFn, precision: str) -> LossFn:
+    """Wrap a user's general loss function: its precision, and checks of what it returns."""
+    dtype = COMPUTE_DTYPES[precision]
+
+    def checked_loss(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[Any, tuple[Any, dict[str, Any]]]:
+        result = loss_fn(cast_floating(params, dtype), model_state, cast_floating(batch, dtype), key)
+        match result:
+            case (loss, (new_state, Mapping() as logs)):
+                pass
+            case _:
+                raise TypeError(f"loss_fn must return (loss, (model_state, logs)), logs a mapping, got {_form(result)}")
+        if jnp.shape(loss) != ():
+            raise ValueError(f"loss_fn must return a scalar loss, the mean over the batch, got {describe(loss)}")
+        for name in logs:
+            if name in STEP_LOGS:
+                raise ValueError(f"loss_fn returned a log named {name!r}, which the trainer writes itself; rename it")
+        floats = {name: _to_float32(jnp.asarray(value)) for name, value in logs.items()}
+        return _to_float32(jnp.asarray(loss)), (_like(model_state, new_state), floats)
+
+    return checked_loss
+
+
+def cast_floating(tree: PyTree, dtype: Any) -> PyTree:
+    """Turn the floating leaves of ``tree`` into ``dtype``; ``None`` leaves everything as it is."""
+    if dtype is None:
+        return tree
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
+
+
+def _to_float32(leaf: chex.Array) -> chex.Array:
+    return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def _like(old: PyTree, new: PyTree) -> PyTree:
+    """Give the new model state the old one's dtypes, which a low precision must not change."""
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        return new
+    return jax.tree.map(lambda before, after: after.astype(before.dtype), old, new)
+
+
+def _reduced(what: str, function: Callable[[Any, Any], Any], outputs: Any, targets: Any, size: int) -> chex.Array:
+    """Call a criterion or a metric and take the mean of what it returns; explain what does not fit."""
+    given = f"outputs {describe_tree(outputs)} and targets {describe_tree(targets)}"
+    try:
+        values = function(outputs, targets)
+    except Exception as error:
+        error.add_note(f"in {what}, called with {given}")
+        raise
+    shape = getattr(values, "shape", ())
+    if not hasattr(values, "dtype") and not isinstance(values, bool | int | float):
+        raise TypeError(f"{what} must return an array, got {type(values).__name__} for {given}")
+    out_shape, target_shape = getattr(outputs, "shape", None), getattr(targets, "shape", None)
+    fits = shape == () or shape == target_shape
+    fits |= shape[:1] == (size,) if out_shape is None else shape == out_shape[: len(shape)]
+    blends = shape == () and out_shape != target_shape and _number_of(outputs) == _number_of(targets) != 1
+    if blends and out_shape is not None and target_shape is not None:
+        raise ValueError(
+            f"{what} was called with {given}: as many values in another shape, which it would broadcast against each "
+            f"other; give the targets the shape of the outputs"
+        )
+    if not fits:
+        raise ValueError(
+            f"{what} must return one value an example, or their mean as a scalar; it returned {describe(values)} for "
+            f"{given}"
+        )
+    return jnp.mean(_to_float32(jnp.asarray(values)))
+
+
+def _number_of(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _form(result: Any) -> str:
+    return f"({', '.join(map(_form, result))})" if isinstance(result, tuple) else describe(result)
+
+
+def _where(condition: Any, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: a if a is b else jnp.where(condition, a, b), new, old)
+
+
+def _absent(like: jax.ShapeDtypeStruct) -> chex.Array:
+    return jnp.full(like.shape, jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0, like.dtype)

@@ -1,0 +1,405 @@
+"""The trainer: what a user holds."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training.dynamic_scale import DynamicScale
+
+from ant_jax._callback import Callback
+from ant_jax._engine import Fuse, Programs, form_of
+from ant_jax._events import Events, initial_memories
+from ant_jax._history import History, to_python
+from ant_jax._live import Live
+from ant_jax._loop import Loop, evaluate
+from ant_jax._models import PureModel, pure_functions
+from ant_jax._state import Accumulator, HostFields, StateMismatch, TrainState, moved, refuse_mismatch, strong
+from ant_jax._step import COMPUTE_DTYPES, STEP_LOGS, LossFn, Step, cast_floating, criterion_loss, general_loss
+from ant_jax._trees import PyTree, describe_tree
+from ant_jax.callbacks import progress_bar
+from ant_jax.data import batch_size_of, canonical, inputs_of
+
+
+_logger = logging.getLogger("ant_jax")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trainer:
+    """Trains a model: an immutable :class:`TrainState` goes in and comes out.
+
+    Args:
+        model: a ``flax.linen.Module``, a ``flax.nnx.Module``, or a pair of pure functions ``(init, apply)``; see
+            :func:`pure_functions`.
+        optimizer: any optax gradient transformation.
+        criterion: ``criterion(outputs, targets)`` returns the loss of every example, or their mean. Batches are pairs
+            ``(inputs, targets)``.
+        loss_fn: instead of a criterion, any function
+            ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, logs))``; ``loss`` is the mean over the
+            batch, ``logs`` a mapping of metrics, and ``key`` is ``None`` in evaluation.
+        metrics: ``{name: metric(outputs, targets)}``, each of one value an example, or their mean.
+        callbacks: in the order in which their hooks run.
+        gradient_accumulation_steps: batches whose gradients make one update.
+        accumulation_mean: ``"examples"``: the update gets the mean gradient over the window's examples, also when the
+            epoch ends inside a window. ``"steps"``: the sum of the batches' mean gradients over
+            ``gradient_accumulation_steps``, however many there were, which is what torch trainers that divide the loss
+            do; it makes the last window's update of an epoch too small.
+        max_grad_norm: clip the gradient to this global norm, after ``on_before_update`` and before the optimizer.
+        precision: of the model's arithmetic: ``"float32"``, ``"bfloat16"``, or ``"float16"`` with a dynamic loss scale
+            (then the logs have ``step_skipped`` and ``loss_scale``). Parameters, losses and gradients are float32.
+        fuse: whether many steps run in one launch; ``"auto"``: yes, except for convolutions on a CPU, which XLA runs
+            slowly inside loops.
+        progress_bar: whether to show one; see :func:`ant_jax.callbacks.progress_bar`.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: an argument out of range, a name used twice or a reserved one.
+
+    >>> from flax import linen as nn
+    >>> criterion = optax.softmax_cross_entropy_with_integer_labels
+    >>> trainer = Trainer(nn.Dense(3), optax.sgd(0.1), criterion, progress_bar=False)
+    >>> batch = (jnp.ones((4, 2)), jnp.array([0, 1, 2, 0]))
+    >>> state = trainer.init(batch)
+    >>> state, history = trainer.fit(state, [batch], num_epochs=2)
+    >>> history[1]["train_loss"] < history[0]["train_loss"]
+    True
+    """
+
+    model: Any
+    optimizer: optax.GradientTransformation
+    criterion: Callable[[Any, Any], Any] | None = None
+    _: dataclasses.KW_ONLY
+    loss_fn: LossFn | None = None
+    metrics: Mapping[str, Callable[[Any, Any], Any]] | None = None
+    callbacks: Sequence[Callback] = ()
+    gradient_accumulation_steps: int = 1
+    accumulation_mean: Literal["examples", "steps"] = "examples"
+    max_grad_norm: float | None = None
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    fuse: Fuse = "auto"
+    progress_bar: bool = True
+
+    _model: PureModel = dataclasses.field(init=False, repr=False)
+    _step: Step = dataclasses.field(init=False, repr=False)
+    _events: Events = dataclasses.field(init=False, repr=False)
+    _programs: Programs = dataclasses.field(init=False, repr=False)
+    _known_forms: set[Any] = dataclasses.field(init=False, repr=False)
+    _run: tuple[int, int | None] | None = dataclasses.field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        _check_arguments(self)
+        callbacks = tuple(self.callbacks)
+        if self.progress_bar and not any(getattr(callback, "name", "") == "progress_bar" for callback in callbacks):
+            callbacks += (progress_bar(),)
+        events = Events(callbacks, self)
+        model = pure_functions(self.model)
+        if self.criterion is not None:
+            loss_fn = criterion_loss(model, self.criterion, self.metrics or {}, self.precision)
+        else:
+            loss_fn = general_loss(cast(LossFn, self.loss_fn), self.precision)
+        step = Step(
+            loss_fn=loss_fn,
+            optimizer=optax.with_extra_args_support(self.optimizer),
+            events=events,
+            accumulation_steps=self.gradient_accumulation_steps,
+            accumulation_mean=self.accumulation_mean,
+            max_grad_norm=self.max_grad_norm,
+        )
+        derived = {"_model": model, "_step": step, "_events": events}
+        derived |= {"_programs": Programs(step, model, self.fuse), "_known_forms": set()}
+        for attribute, value in derived.items():
+            object.__setattr__(self, attribute, value)
+
+    @property
+    def num_epochs(self) -> int:
+        """The ``num_epochs`` of the ``fit`` that is running; for host hooks.
+
+        Raises:
+            RuntimeError: no ``fit`` is running, or a traced hook asks: the number would be compiled in.
+        """
+        return self._running("num_epochs")[0]
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Batches in an epoch of the ``fit`` that is running, ``None`` if nobody can tell; for host hooks.
+
+        Raises:
+            RuntimeError: as for ``num_epochs``.
+        """
+        return self._running("steps_per_epoch")[1]
+
+    def init(self, example_batch: Any, *, seed: int = 0, params: PyTree | None = None) -> TrainState:
+        """Make the state that a run begins with.
+
+        Args:
+            example_batch: a batch like those to come; only its structure, shapes and dtypes count, and its number of
+                examples is free.
+            seed: of the parameters, and of all randomness in training.
+            params: parameters to begin with, instead of the model's own initial ones.
+
+        Returns:
+            The state, with every callback's memory in it.
+
+        Raises:
+            StateMismatch: ``params`` do not fit the model.
+        """
+        batch = canonical(example_batch)
+        init_key, key = jax.random.split(jax.random.key(seed))
+        initial, model_state = jax.jit(self._model.init)(init_key, inputs_of(batch))
+        if params is not None:
+            refuse_mismatch("params", initial, params, "the model", dtypes=False)
+            initial = params
+        initial = jax.tree.map(strong, initial)
+        state = TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=initial,
+            model_state=jax.tree.map(strong, model_state),
+            opt_state=jax.tree.map(strong, self.optimizer.init(initial)),
+            key=key,
+            accumulator=self._empty_window(initial),
+            loss_scale=self._initial_scale(),
+            log_sums={},
+            callback_states={},
+            stop=False,
+            host=HostFields(),
+        )
+        return state.replace(callback_states=initial_memories(self._events.callbacks, state))
+
+    def fit(
+        self,
+        state: TrainState,
+        train_loader: Any,
+        num_epochs: int,
+        val_loader: Any = None,
+        *,
+        steps_per_epoch: int | None = None,
+    ) -> tuple[TrainState, History]:
+        """Train until ``num_epochs`` epochs are done; :mod:`ant_jax._loop` shows the loop with its hooks.
+
+        The state that is passed in stays readable. If an exception ends the run, callbacks get ``on_exception`` with
+        the state as it is then.
+
+        Args:
+            state: from ``init``, from an earlier ``fit``, or restored.
+            train_loader: any iterable of batches: an :class:`ArrayLoader`, a list, a torch ``DataLoader``, a Grain
+                loader, a generator.
+            num_epochs: epochs in all, those that the state has done included.
+            val_loader: batches to evaluate on at the end of every epoch.
+            steps_per_epoch: end an epoch after so many batches; needed for a loader without an end. An iterator goes on
+                where the last epoch left it, any other iterable starts again.
+
+        Returns:
+            The state after training, and the logs of all its epochs.
+
+        Raises:
+            StateMismatch: the state is not one of this trainer's.
+            BatchError: a loader gave no batches, or one that differs from the others.
+            CallbackReturnError: a hook returned what it must not.
+        """
+        _check_count("num_epochs", num_epochs)
+        if steps_per_epoch is not None:
+            _check_count("steps_per_epoch", steps_per_epoch)
+        self._check_state(state)
+        if num_epochs <= state.epoch:
+            _logger.warning(
+                "fit: nothing to do: the state has done %d epochs and num_epochs is %d, which counts from the very "
+                "first epoch; give a larger one to train on",
+                state.epoch,
+                num_epochs,
+            )
+            return state, state.history
+        running = copy.copy(self)
+        object.__setattr__(running, "_run", (num_epochs, steps_per_epoch or _length_of(train_loader)))
+        loop = Loop(running, self._events, self._programs, state, train_loader, val_loader, num_epochs, steps_per_epoch)
+        state = loop.run()
+        return state, state.history
+
+    def evaluate(self, state: TrainState, loader: Any) -> dict[str, Any]:
+        """Evaluate on all batches of ``loader``, with the evaluation hooks around it.
+
+        Returns:
+            ``val_loss``, ``val_<metric>`` and what ``on_evaluate_end`` published: means over examples, as numbers. What
+            the hooks make of the state is dropped.
+
+        Raises:
+            StateMismatch: the state is not one of this trainer's.
+            BatchError: the loader gave no batches, or one that differs from the others.
+        """
+        self._check_state(state)
+        _, logs = evaluate(self, self._events, self._programs, state, loader, "loader")
+        return {name: to_python(value) for name, value in logs.items()}
+
+    def predict(self, state: TrainState, inputs: Any, *, batch_size: int = 256) -> Any:
+        """Return the model's outputs, in evaluation mode.
+
+        Args:
+            state: whose parameters to use.
+            inputs: as in a batch, with any number of examples.
+            batch_size: examples to run at a time.
+
+        Returns:
+            The outputs for all examples, in float32 if the model computes in a lower precision.
+
+        Raises:
+            ValueError: there are no examples.
+        """
+        _check_count("batch_size", batch_size)
+        self._check_state(state)
+        inputs = canonical(inputs, "inputs")
+        examples = len(jax.tree.leaves(inputs)[0])
+        if not examples:
+            raise ValueError(f"predict: there are no examples in inputs of {describe_tree(inputs)}")
+
+        def outputs_of(rows: slice) -> Any:
+            return self._outputs(state.params, state.model_state, jax.tree.map(lambda leaf: leaf[rows], inputs))
+
+        outputs = [outputs_of(slice(start, start + batch_size)) for start in range(0, examples, batch_size)]
+        return outputs[0] if len(outputs) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+
+    def grad_step(self, state: TrainState, batch: Any) -> tuple[PyTree, dict[str, chex.Array]]:
+        """Return the gradient of one batch, before any hook, and its loss and metrics; nothing is updated. Compiled.
+
+        Args:
+            state: stays as it is.
+            batch: one batch.
+
+        Returns:
+            The gradients, unscaled and in float32, and ``{"loss": ..., <metric>: ...}``.
+        """
+        self._check_state(state)
+        return self._gradients(Live(state, self._events.device_names).on_device(), canonical(batch))
+
+    def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        """Train on one batch: what ``fit`` does for each, with the traced hooks, without host hooks. Compiled.
+
+        Args:
+            state: stays readable.
+            batch: one batch.
+
+        Returns:
+            The state after the step, and the logs of the batch. A window of gradient accumulation closes when it is
+            full; in a loop by hand there is no last batch of an epoch to close it earlier.
+        """
+        self._check_state(state)
+        batch = canonical(batch)
+        live = Live(state, self._events.device_names)
+        program = self._programs.train(live, batch)
+        position = jnp.asarray(state.batch_idx, jnp.int32)
+        result = program.single(live.on_device().replace(log_sums={}), batch, position, jnp.bool_(False))
+        stop = state.stop if result.stop is None else bool(state.stop) or bool(result.stop)
+        new = result.state.replace(
+            callback_states={**state.callback_states, **result.state.callback_states},
+            log_sums=state.log_sums,
+            stop=stop,
+            host=state.host,
+        )
+        return moved(new, batch_idx=state.batch_idx + 1), {"batch_size": batch_size_of(batch), **result.logs}
+
+    @functools.cached_property
+    def _outputs(self) -> Any:
+        dtype = COMPUTE_DTYPES[self.precision]
+
+        def outputs(params: Any, model_state: Any, inputs: Any) -> Any:
+            result, _ = self._model.apply(cast_floating(params, dtype), model_state, cast_floating(inputs, dtype), None)
+            return result if dtype is None else cast_floating(result, jnp.float32)
+
+        return jax.jit(outputs)
+
+    @functools.cached_property
+    def _gradients(self) -> Any:
+        def gradients(state: TrainState, batch: Any) -> tuple[PyTree, dict[str, Any]]:
+            _, grads, logs, _ = self._step.gradients(state, batch)
+            return grads, logs
+
+        return jax.jit(gradients)
+
+    def _running(self, fact: str) -> tuple[int, int | None]:
+        if self._run is None:
+            raise RuntimeError(
+                f"trainer.{fact} is known only to host hooks, while fit runs; traced hooks cannot have it"
+            )
+        return self._run
+
+    def _empty_window(self, params: PyTree) -> Accumulator | None:
+        if self.gradient_accumulation_steps == 1:
+            return None
+        zeros = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.promote_types(param.dtype, jnp.float32)), params)
+        return Accumulator(zeros, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def _initial_scale(self) -> DynamicScale | None:
+        if self.precision != "float16":
+            return None
+        # Below 1 a scale no longer helps; without a floor it would fall to nothing when gradients are never finite.
+        return DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(2.0**16), minimum_scale=1.0)
+
+    def _check_state(self, state: Any) -> None:
+        """Raise unless this trainer could have made the state; each form of state is looked at once."""
+        if not isinstance(state, TrainState):
+            raise TypeError(f"state must be a TrainState, as trainer.init returns it, got {state!r:.200}")
+        form = form_of(state.replace(stop=False, log_sums={}, host=None))
+        if form in self._known_forms:
+            return
+        optimizer_state = jax.eval_shape(self.optimizer.init, state.params)
+        refuse_mismatch("opt_state", optimizer_state, state.opt_state, "this trainer's optimizer")
+        window = jax.eval_shape(self._empty_window, state.params)
+        refuse_mismatch("accumulator", window, state.accumulator, "this trainer's gradient_accumulation_steps")
+        refuse_mismatch("loss_scale", self._initial_scale(), state.loss_scale, "this trainer's precision")
+        memories = initial_memories(self._events.callbacks, state.replace(callback_states={}))
+        if memories.keys() != state.callback_states.keys():
+            raise StateMismatch(
+                f"the state has the memories of callbacks {sorted(state.callback_states)}, and those of this trainer "
+                f"with a memory are {sorted(memories)}; make a state with this trainer's init, "
+                f"trainer.init(example_batch, params=state.params) to keep the parameters"
+            )
+        for name in self._events.device_names & memories.keys():
+            what = f"callback_states[{name!r}]"
+            refuse_mismatch(what, memories[name], state.callback_states[name], "this trainer's callback")
+        self._known_forms.add(form)
+
+
+def _check_arguments(trainer: Trainer) -> None:
+    if (trainer.criterion is None) == (trainer.loss_fn is None):
+        raise TypeError("give the Trainer either criterion(outputs, targets) or loss_fn, and not both")
+    for name in ("criterion", "loss_fn"):
+        function = getattr(trainer, name)
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function, got {function!r}")
+    if not isinstance(trainer.optimizer, optax.GradientTransformation):
+        raise TypeError(f"optimizer must be an optax.GradientTransformation, got {trainer.optimizer!r}")
+    if trainer.metrics and trainer.loss_fn is not None:
+        raise TypeError("metrics need a criterion; with a loss_fn, return them in its logs")
+    for name, metric in (trainer.metrics or {}).items():
+        if name in STEP_LOGS:
+            raise ValueError(f"a metric cannot be named {name!r}: the trainer logs its own value of that name")
+        if not callable(metric):
+            raise TypeError(f"metric {name!r} must be a function metric(outputs, targets), got {metric!r}")
+    _check_count("gradient_accumulation_steps", trainer.gradient_accumulation_steps)
+    if trainer.max_grad_norm is not None and not trainer.max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be positive or None, got {trainer.max_grad_norm!r}")
+    for name, allowed in (
+        ("precision", tuple(COMPUTE_DTYPES)),
+        ("accumulation_mean", ("examples", "steps")),
+        ("fuse", ("auto", True, False)),
+    ):
+        if getattr(trainer, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(trainer, name)!r}")
+
+
+def _check_count(name: str, count: Any) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name} must be a positive whole number, got {count!r}")
+
+
+def _length_of(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:
+        return None

@@ -1,0 +1,173 @@
+"""Progress as a bar."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+import numpy as np
+
+from ant_jax._callback import Callback
+from ant_jax._history import to_python
+
+
+# Seconds between two drawings: of a bar on a screen, and of a line in a file or a pipe.
+SCREEN_SECONDS = 0.1
+FILE_SECONDS = 10.0
+
+
+def progress_bar(
+    *, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic, name: str = "progress_bar"
+) -> Callback:
+    """Show a progress bar over the whole run: loss and metrics, steps per second, the time left.
+
+    In a terminal and in a notebook it is a tqdm bar, drawn at most ten times a second; in a file or a pipe, a line of
+    the same content at most every ten seconds, and one at the end. It says when a program is being compiled: before the
+    first batch, and before the first evaluation. It looks whenever the host has control, and reads logs only to draw.
+
+    Args:
+        file: where to write; by default, standard error.
+        clock: returns seconds.
+        name: of the callback. One of this name takes the place of the bar that the trainer makes by itself.
+
+    Returns:
+        A host callback; it keeps no memory.
+
+    >>> progress_bar().every is None
+    True
+    """
+    bars: list[_Bar] = []  # the bar of the run under way: a resource of the host, no part of the run's state
+
+    def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
+        bars[:] = [_Bar(file or sys.stderr, clock, trainer, state)]
+        return state, logs
+
+    def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        del trainer
+        bars[0].batch_done(state.epoch, batch_idx, logs)
+        return state, logs
+
+    def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
+        del trainer
+        if bars:  # there is none when Trainer.evaluate is called by itself
+            bars[0].evaluating()
+        return state, logs
+
+    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        del epoch, trainer
+        bars[0].epoch_done(state, logs)
+        return state, logs
+
+    def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
+        del trainer
+        bars.pop().close()
+        return state, logs
+
+    def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
+        del exception, trainer
+        while bars:
+            bars.pop().close()
+        return state, logs
+
+    return Callback(
+        name=name,
+        every=None,
+        on_train_begin=on_train_begin,
+        on_batch_end=on_batch_end,
+        on_evaluate_begin=on_evaluate_begin,
+        on_epoch_end=on_epoch_end,
+        on_train_end=on_train_end,
+        on_exception=on_exception,
+    )
+
+
+class _Bar:
+    """The bar of one run, over its steps."""
+
+    def __init__(self, file: TextIO, clock: Callable[[], float], trainer: Any, state: Any):
+        from tqdm.auto import tqdm
+
+        self._file, self._clock, self._tqdm = file, clock, tqdm
+        self._epochs: int = trainer.num_epochs
+        self._steps_per_epoch: int | None = trainer.steps_per_epoch
+        self._first_epoch, self._epoch = state.epoch, state.epoch
+        self._initial: int = (self._steps_per_epoch or 0) * state.epoch + state.batch_idx
+        self._steps, self._steps_before = self._initial, self._initial - state.batch_idx
+        self._description, self._values, self._epoch_values = "compiling", "", {}
+        self._evaluated = False
+        self._began = self._drawn = clock()
+        on_screen = file.isatty() or "ipykernel" in sys.modules
+        self._seconds = SCREEN_SECONDS if on_screen else FILE_SECONDS
+        self._bar = None
+        if on_screen:
+            self._bar = tqdm(
+                total=self._total(),
+                initial=self._initial,
+                desc=self._description,
+                unit="step",
+                file=file,
+                mininterval=0,
+                dynamic_ncols=True,
+            )
+
+    def batch_done(self, epoch: int, batch_idx: int, logs: Mapping[str, Any]) -> None:
+        self._steps = self._steps_before + batch_idx + 1
+        self._epoch = epoch
+        self._description = f"epoch {epoch + 1}/{self._epochs}"
+        self._draw_if_due(logs)
+
+    def evaluating(self) -> None:
+        doing = "evaluating" if self._evaluated else "compiling evaluation"
+        self._description, self._evaluated = f"epoch {self._epoch + 1}/{self._epochs}, {doing}", True
+        if self._bar is not None:
+            self._bar.set_description(self._description)
+
+    def epoch_done(self, state: Any, logs: Mapping[str, Any]) -> None:
+        self._steps_before = self._steps
+        if self._steps_per_epoch is None and not state.stop:
+            self._steps_per_epoch = state.batch_idx  # now it is known
+        self._epoch_values = {name: value for name, value in logs.items() if name.startswith("val_")}
+        self._description = f"epoch {state.epoch + 1}/{self._epochs}"
+        self._draw_if_due({})
+
+    def close(self) -> None:
+        self._draw()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _total(self) -> int | None:
+        return None if self._steps_per_epoch is None else self._steps_per_epoch * self._epochs
+
+    def _draw_if_due(self, logs: Mapping[str, Any]) -> None:
+        if self._clock() - self._drawn >= self._seconds:
+            if logs:
+                self._values = _in_short(logs)
+            self._draw()
+
+    def _draw(self) -> None:
+        values = ", ".join(filter(None, [self._values, _in_short(self._epoch_values)]))
+        self._drawn = self._clock()
+        if self._bar is not None:
+            self._bar.total = self._total()
+            self._bar.set_description(self._description, refresh=False)
+            self._bar.set_postfix_str(values, refresh=False)
+            self._bar.update(self._steps - self._bar.n)
+            self._bar.refresh()
+            return
+        line = self._tqdm.format_meter(
+            self._steps,
+            self._total(),  # pyright: ignore[reportArgumentType]  # None is what tqdm itself passes
+            self._drawn - self._began,
+            initial=self._initial,
+            prefix=self._description,
+            postfix=values,
+            unit="step",
+        )
+        print(line, file=self._file, flush=True)
+
+
+def _in_short(values: Mapping[str, Any]) -> str:
+    scalars = {name: to_python(value) for name, value in values.items() if name != "batch_size" and not np.ndim(value)}
+    return ", ".join(f"{name}={value:.4g}" for name, value in scalars.items())

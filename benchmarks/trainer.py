@@ -1,0 +1,247 @@
+"""What `fit` costs over loops written by hand: ratios of medians, measured in one process, in alternating runs.
+
+    python -m benchmarks.trainer [--rounds 15] [--json FILE]
+
+Every pair trains the same model from the same weights on the same batches; the final loss of both sides is compared
+before a time is printed. Targets are those that the project has set itself; a missed one is printed as missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import io
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+import ant_jax as ant
+
+
+STEPS, BATCH = 1000, 32
+CNN_STEPS = 40
+
+
+class MLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(nn.relu(nn.Dense(64)(x)))
+
+
+class CNN(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(16, (3, 3))(x))
+        x = nn.relu(nn.Conv(32, (3, 3), strides=2)(x))
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+@dataclasses.dataclass
+class Pair:
+    """Two ways to do the same training: each a function that trains one epoch and returns the last loss."""
+
+    name: str
+    target: float
+    ours: Callable[[], float]
+    by_hand: Callable[[], float]
+
+
+def data(steps: int, shape: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(steps * BATCH, *shape)).astype(np.float32)
+    return inputs, rng.integers(0, 10, steps * BATCH).astype(np.int32)
+
+
+def stacked(arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    return tuple(array.reshape(-1, BATCH, *array.shape[1:]) for array in arrays)
+
+
+def make_step(model: nn.Module, optimizer: optax.GradientTransformation, extras: bool = False) -> Callable[..., Any]:
+    """One step as a person would write it: clip and Adam, and with ``extras`` the gradient norm and an EMA."""
+
+    def loss_fn(params, batch):
+        inputs, targets = batch
+        logits = model.apply({"params": params}, inputs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+    def step(carry, batch):
+        params, opt_state, average = carry
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        norm = optax.tree.norm(grads) if extras else None
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        average = optax.incremental_update(params, average, 0.001) if extras else None
+        return (params, opt_state, average), (loss, norm)
+
+    return step
+
+
+def by_hand_fused(model: nn.Module, arrays: tuple[np.ndarray, ...], params: Any, extras: bool) -> Callable[[], float]:
+    """All steps of the epoch in one `lax.scan`; state and batches are on the device before the clock starts."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    epoch = jax.jit(functools.partial(jax.lax.scan, make_step(model, optimizer, extras)), donate_argnums=0)
+    batches = jax.device_put(stacked(arrays))
+    carry = jax.tree.map(jnp.copy, (params, optimizer.init(params), params if extras else None))
+
+    def run() -> float:
+        nonlocal carry
+        carry, (losses, _) = epoch(carry, batches)
+        return float(losses[-1])
+
+    return run
+
+
+def by_hand_per_step(model: nn.Module, arrays: tuple[np.ndarray, ...], params: Any) -> Callable[[], float]:
+    """One launch a step; each batch goes from numpy to the device as the loop comes to it."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    step = jax.jit(make_step(model, optimizer), donate_argnums=0)
+    batches = list(zip(*stacked(arrays), strict=True))
+    carry = jax.tree.map(jnp.copy, (params, optimizer.init(params), None))
+
+    def run() -> float:
+        nonlocal carry
+        loss = None
+        for batch in batches:
+            carry, (loss, _) = step(carry, batch)
+        return float(loss)
+
+    return run
+
+
+def by_trainer(
+    model: nn.Module, arrays: tuple[np.ndarray, ...], callbacks: list[ant.Callback], loader: Any = None
+) -> tuple[Callable[[], float], Any]:
+    """`fit` for one more epoch; everything that it does is inside the clock."""
+    last: list[Any] = []
+
+    def keep_last(batch_idx, trainer, state, logs):
+        last[:] = [logs["loss"]]
+        return state, logs
+
+    watcher = ant.Callback(name="last_loss", every=10**9, on_batch_end=keep_last)
+    trainer = ant.Trainer(
+        model,
+        optax.adam(1e-3),
+        optax.softmax_cross_entropy_with_integer_labels,
+        callbacks=[ant.callbacks.clip_by_global_norm(1.0), *callbacks, watcher],
+        progress_bar=False,
+    )
+    loader = ant.ArrayLoader(arrays, BATCH, shuffle=False) if loader is None else loader
+    state = trainer.init(tuple(array[:BATCH] for array in arrays))
+    params = jax.tree.map(jnp.copy, state.params)
+
+    def run() -> float:
+        nonlocal state
+        state, _ = trainer.fit(state, loader, num_epochs=state.epoch + 1)
+        return float(last[0])
+
+    return run, params
+
+
+def pairs() -> list[Pair]:
+    arrays, images = data(STEPS, (64,)), data(CNN_STEPS, (28, 28, 1))
+    found = []
+
+    ours, params = by_trainer(MLP(), arrays, [])
+    found.append(Pair("MLP, traced callbacks / hand-fused loop", 1.10, ours, by_hand_fused(MLP(), arrays, params, False)))
+
+    standard = [
+        ant.callbacks.gradient_norm(),
+        ant.callbacks.ema(0.999),
+        ant.callbacks.log_progress(every=100, printer=io.StringIO().write),
+        ant.callbacks.progress_bar(file=Terminal()),
+    ]
+    standard[0], clip_first = standard[0], standard
+    ours, params = by_trainer(MLP(), arrays, clip_first)
+    found.append(Pair("MLP, the standard set / hand-fused loop", 1.25, ours, by_hand_fused(MLP(), arrays, params, True)))
+
+    idle = ant.Callback(name="idle", on_batch_end=lambda batch_idx, trainer, state, logs: (state, logs))
+    batches = list(zip(*stacked(arrays), strict=True))
+    ours, params = by_trainer(MLP(), arrays, [idle], loader=batches)
+    found.append(Pair("MLP, every=1 / hand-written loop", 1.30, ours, by_hand_per_step(MLP(), arrays, params)))
+
+    ours, params = by_trainer(CNN(), images, [])
+    found.append(Pair("CNN / hand-written loop", 1.05, ours, by_hand_per_step(CNN(), images, params)))
+    return found
+
+
+class Terminal(io.StringIO):
+    """Stands in for a screen, so that the progress bar draws as often as on one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def timed(function: Callable[[], float]) -> tuple[float, float]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def measure(pair: Pair, rounds: int) -> dict[str, Any]:
+    for _ in range(3):  # compile, and let the trainer find its pace
+        losses = pair.ours(), pair.by_hand()
+    ours, by_hand = [], []
+    for _ in range(rounds):
+        (a, loss_a), (b, loss_b) = timed(pair.ours), timed(pair.by_hand)
+        ours.append(a)
+        by_hand.append(b)
+        losses = loss_a, loss_b
+    np.testing.assert_allclose(*losses, rtol=1e-4, err_msg=f"{pair.name}: the two sides did not train the same")
+    ratios = [a / b for a, b in zip(ours, by_hand, strict=True)]
+    return {
+        "pair": pair.name,
+        "ratio": round(statistics.median(ours) / statistics.median(by_hand), 3),
+        "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)],
+        "target": pair.target,
+        "ours_ms": round(1e3 * statistics.median(ours), 2),
+        "by_hand_ms": round(1e3 * statistics.median(by_hand), 2),
+        "bit_equal_loss": losses[0] == losses[1],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="timed epochs of each side, in turn")
+    parser.add_argument("--only", default="", help="measure only pairs whose name contains this")
+    parser.add_argument("--json", help="also write the results to this file")
+    options = parser.parse_args()
+    machine = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {jax.local_device_count()} {jax.default_backend()} device(s)",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "optax": optax.__version__,
+    }
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    results = []
+    for pair in pairs():
+        if options.only in pair.name:
+            result = measure(pair, options.rounds)
+            results.append(result)
+            verdict = "met" if result["ratio"] <= result["target"] else "MISSED"
+            print(
+                f"{result['pair']:42} {result['ratio']:.3f}x (quartiles {result['ratio_quartiles']}), target "
+                f"{result['target']:.2f}x {verdict}; {result['ours_ms']} ms / {result['by_hand_ms']} ms; losses "
+                f"{'bit-equal' if result['bit_equal_loss'] else 'equal to 1e-4'}"
+            )
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({**machine, "results": results}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
