@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ant_jax._live import Live
+from ant_jax._live import DevicePart, Live, device_part
 from ant_jax._models import PureModel
 from ant_jax._state import TrainState, refuse_mismatch
 from ant_jax._step import Step
+from ant_jax._sums import LogSums, PackedLogs, pack, zero_sums
 from ant_jax._trees import PyTree
 from ant_jax.data import Chunk, Feed, inputs_of
 
 
 Fuse = Literal["auto"] | bool
-Sums = Mapping[str, tuple[jax.Array, jax.Array]]
 
 # The most batches in a chunk, and the most memory that they may take; two chunks are on the device at a time.
 MAX_ROWS = 256
@@ -33,7 +33,7 @@ ROWS_OF_UNKNOWN = 64
 # The time that a launch should take: short enough for Ctrl-C and a progress bar, long enough to cost nothing.
 LAUNCH_SECONDS = 0.1
 
-# Launches that may be under way at once: while one runs, the next one's batches are made.
+# How many times that much work may be under way: while one launch runs, the next one's batches are made.
 MAX_IN_FLIGHT = 2
 
 
@@ -43,15 +43,22 @@ class Launch(NamedTuple):
     Attributes:
         steps: how many.
         latest: the logs of the last step.
-        rows: the logs of every batch of the chunk, ``[rows, ...]``, where ``start`` to ``start + steps`` are this
+        rows: the logs of every batch of the chunk, each ``[rows, ...]``, where ``start`` to ``start + steps`` are this
             launch's; ``None`` after a single step outside the loop.
         start: see ``rows``.
     """
 
     steps: int
     latest: Mapping[str, jax.Array]
-    rows: Mapping[str, jax.Array] | None
+    rows: PackedLogs | None
     start: int
+
+    def read(self) -> dict[str, np.ndarray]:
+        """Return the logs of every step, ``[steps, ...]``; waits for the device."""
+        if self.rows is None:
+            return {name: np.asarray(log)[None] for name, log in self.latest.items()}
+        rows = jax.tree.map(lambda log: np.asarray(log)[self.start : self.start + self.steps], self.rows)
+        return rows.unpacked()
 
 
 class Cursor:
@@ -97,17 +104,18 @@ class TrainProgram:
 
     def __init__(self, step: Step, live: Live, batch: PyTree, fuse: Fuse):
         self.single = jax.jit(step.train_step)
-        state, batch = _avals(live.on_device().replace(log_sums={})), _avals(batch)
+        part = live.part()._replace(log_sums=None)
+        state, batch = _avals(part.state(live.key)), _avals(batch)
         # The one time that the step is traced: the programs below call `single`, and meet the trace in jit's cache.
         traced = self.single.trace(state, batch, _aval(jnp.int32), _aval(jnp.bool_))
         self.logs: dict[str, jax.ShapeDtypeStruct] = traced.out_info.logs
         self.may_stop = traced.out_info.stop is not None
         self.fused = _is_fused(fuse, traced.jaxpr)
         self.pace = Pace()
-        self._structure = jax.tree.structure(state.replace(log_sums=zero_sums(self.logs), key=None))
-        self._key_type = jax.random.key_impl(live.on_device().key)
+        self._structure = jax.tree.structure(part._replace(log_sums=zero_sums(self.logs)))
+        self._key_impl = jax.random.key_impl(live.key)
         self._needs_last = step.accumulation_steps > 1
-        self._one = jax.jit(self._run_one, donate_argnums=0)
+        self._one = jax.jit(self._run_alone, donate_argnums=0)
         self._many = jax.jit(self._run_many, donate_argnums=0)
         self.zero_sums = jax.jit(lambda: zero_sums(self.logs))
 
@@ -119,8 +127,8 @@ class TrainProgram:
         chunk, start = cursor.chunk, cursor.row
         ends = chunk.last and self._needs_last
         if not self.fused:
-            leaves, stop, logs = self._one(live.take(), live.key_data, chunk.batches, cursor.offset, _scalar(ends))
-            launch = Launch(1, logs, None, 0)
+            leaves, stop, latest = self._one(live.take(), live.key_data, chunk.batches, cursor.offset, _scalar(ends))
+            launch = Launch(1, latest, None, 0)
         else:
             leaves, stop, done, latest, rows = self._many(
                 live.take(),
@@ -140,19 +148,24 @@ class TrainProgram:
         return launch
 
     def _run_one(self, leaves: list[Any], key_data: Any, batch: PyTree, batch_idx: Any, last: Any) -> tuple[Any, ...]:
-        given: TrainState = jax.tree.unflatten(self._structure, leaves)
-        key = jax.random.wrap_key_data(key_data, impl=self._key_type)
-        state, stop, logs, counts = self.single(given.replace(log_sums={}, key=key), batch, batch_idx, last)
-        state = state.replace(log_sums=_added(given.log_sums, logs, counts), key=None)
-        return jax.tree.leaves(state), stop, logs
+        part: DevicePart = jax.tree.unflatten(self._structure, leaves)
+        state = part._replace(log_sums=None).state(jax.random.wrap_key_data(key_data, impl=self._key_impl))
+        state, stop, logs, counts = self.single(state, batch, batch_idx, last)
+        packed = pack(logs)
+        log_sums = part.log_sums.add(packed, counts)
+        return jax.tree.leaves(device_part(state)._replace(log_sums=log_sums)), stop, packed
+
+    def _run_alone(self, *arguments: Any) -> tuple[Any, ...]:
+        leaves, stop, logs = self._run_one(*arguments)
+        return leaves, stop, logs.unpacked()
 
     def _run_many(
         self, leaves: list[Any], key_data: Any, batches: PyTree, offset: Any, start: Any, end: Any, last_row: Any
     ) -> tuple[Any, ...]:
         """Train on rows ``start`` to ``end``. The trip count is dynamic: one program serves launches of any length."""
         rows = jax.tree.leaves(batches)[0].shape[0]
-        latest = {name: jnp.zeros(log.shape, log.dtype) for name, log in self.logs.items()}
-        buffers = {name: jnp.zeros((rows, *log.shape), log.dtype) for name, log in self.logs.items()}
+        latest = pack({name: jnp.zeros(log.shape, log.dtype) for name, log in self.logs.items()})
+        buffers = jax.tree.map(lambda log: jnp.zeros((rows, *log.shape), log.dtype), latest)
 
         def goes_on(carry: tuple[Any, ...]) -> Any:
             _, stop, row, _, _ = carry
@@ -162,12 +175,12 @@ class TrainProgram:
             leaves, _, row, _, buffers = carry
             batch = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, row, keepdims=False), batches)
             leaves, stop, latest = self._run_one(leaves, key_data, batch, offset + row, row == last_row)
-            buffers = {name: buffer.at[row].set(latest[name]) for name, buffer in buffers.items()}
+            buffers = jax.tree.map(lambda buffer, log: buffer.at[row].set(log), buffers, latest)
             return leaves, stop, row + 1, latest, buffers
 
         stop = jnp.bool_(False) if self.may_stop else None
         leaves, stop, row, latest, buffers = lax.while_loop(goes_on, body, (leaves, stop, start, latest, buffers))
-        return leaves, stop, row if self.may_stop else None, latest, buffers
+        return leaves, stop, row if self.may_stop else None, latest.unpacked(), buffers
 
 
 class EvaluationProgram:
@@ -181,23 +194,25 @@ class EvaluationProgram:
         self._one = jax.jit(self._add_one)
         self._many = jax.jit(self._add_many)
 
-    def zero_sums(self) -> Sums:
+    def zero_sums(self) -> LogSums:
         """Return the sums of no batch."""
         return zero_sums(self._logs)
 
-    def add(self, params: PyTree, model_state: PyTree, chunk: Chunk, sums: Sums) -> Sums:
+    def add(self, params: PyTree, model_state: PyTree, chunk: Chunk, sums: LogSums) -> LogSums:
         """Add the logs of a chunk's batches, weighted by examples, to ``sums``."""
         examples = _scalar(chunk.examples)
         if not self.fused:
             return self._one(params, model_state, chunk.batches, examples, sums)
         return self._many(params, model_state, chunk.batches, examples, sums, _scalar(chunk.filled))
 
-    def _add_one(self, params: Any, model_state: Any, batch: Any, examples: Any, sums: Sums) -> Sums:
+    def _add_one(self, params: Any, model_state: Any, batch: Any, examples: Any, sums: LogSums) -> LogSums:
         logs = self._step(params, model_state, batch)
-        return _added(sums, logs, {name: examples for name in logs})
+        return sums.add(pack(logs), {name: examples for name in logs})
 
-    def _add_many(self, params: Any, model_state: Any, batches: Any, examples: Any, sums: Sums, count: Any) -> Sums:
-        def body(row: Any, sums: Sums) -> Sums:
+    def _add_many(
+        self, params: Any, model_state: Any, batches: Any, examples: Any, sums: LogSums, count: Any
+    ) -> LogSums:
+        def body(row: Any, sums: LogSums) -> LogSums:
             batch = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, row, keepdims=False), batches)
             return self._add_one(params, model_state, batch, examples, sums)
 
@@ -221,10 +236,10 @@ class Programs:
 
     def train(self, live: Live, batch: PyTree) -> TrainProgram:
         """Return the train program for this state and batch; traced when it is a new one, compiled when first run."""
-        state = live.on_device().replace(log_sums={})
-        key = form_of((state, batch))
+        part = live.part()._replace(log_sums=None)
+        key = form_of((part, batch))
         if key not in self._train:
-            self._check_params(state.params, batch)
+            self._check_params(part.params, batch)
             self._train[key] = TrainProgram(self._step, live, batch, self._fuse)
         return self._train[key]
 
@@ -245,29 +260,35 @@ class Pace:
     """Chooses how many steps a launch should have, and keeps the host from running ahead of the device.
 
     Attributes:
-        steps: of the next launch, at most; found by doubling until a launch takes ``LAUNCH_SECONDS``.
+        steps: of the next launch, at most; found by doubling until they take ``LAUNCH_SECONDS``.
     """
 
     def __init__(self):
         self.steps = 1
-        self._under_way: collections.deque[Launch] = collections.deque()
+        self._new_steps = 0
+        self._under_way: collections.deque[tuple[jax.Array, int]] = collections.deque()
         self._finished_at: float | None = None
 
     def launched(self, launch: Launch) -> None:
-        """Note a launch; wait for the one before the last, if it still runs."""
-        self._under_way.append(launch)
+        """Note a launch. Every ``steps`` steps, wait for those before the last ``MAX_IN_FLIGHT`` times as many."""
+        self._new_steps += launch.steps
+        if self._new_steps < self.steps:
+            return
+        self._under_way.append((launch.latest["loss"], self._new_steps))
+        self._new_steps = 0
         if len(self._under_way) <= MAX_IN_FLIGHT:
             return
-        oldest = self._under_way.popleft()
-        oldest.latest["loss"].block_until_ready()
+        loss, steps = self._under_way.popleft()
+        loss.block_until_ready()
         now = time.perf_counter()
-        if self._finished_at is not None and oldest.steps:
-            wanted = LAUNCH_SECONDS * oldest.steps / max(now - self._finished_at, 1e-9)
+        if self._finished_at is not None:
+            wanted = LAUNCH_SECONDS * steps / max(now - self._finished_at, 1e-9)
             self.steps = max(1, min(2 * self.steps, int(wanted)))
         self._finished_at = now
 
     def interrupted(self) -> None:
         """Forget the clock: something else than training comes between this launch and the next."""
+        self._new_steps = 0
         self._under_way.clear()
         self._finished_at = None
 
@@ -302,29 +323,6 @@ def slow_in_loops(jaxpr: Any) -> bool:
 
 def _is_fused(fuse: Fuse, jaxpr: Any) -> bool:
     return fuse if isinstance(fuse, bool) else not slow_in_loops(jaxpr)
-
-
-def zero_sums(logs: Mapping[str, jax.ShapeDtypeStruct]) -> Sums:
-    """Return the sums over no examples, and their number, for logs of these shapes."""
-    return {name: (jnp.zeros(log.shape, jnp.float32), jnp.zeros((), jnp.int32)) for name, log in logs.items()}
-
-
-def _added(sums: Sums, logs: Mapping[str, jax.Array], counts: Mapping[str, jax.Array]) -> Sums:
-    """Add the logs of a batch, each weighted by the examples that it stands for."""
-
-    def add(name: str, total: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-        value, examples = logs[name].astype(jnp.float32), counts[name]
-        # A value that stands for no example may be NaN, and must not count.
-        share = jnp.where(examples > 0, value * examples.astype(jnp.float32), 0.0)
-        return total + share, count + examples
-
-    return {name: add(name, *sums[name]) for name in sums}
-
-
-@jax.jit
-def means(sums: Sums) -> dict[str, jax.Array]:
-    """Turn sums into means; NaN where there were no examples."""
-    return {name: total / count.astype(jnp.float32) for name, (total, count) in sums.items()}
 
 
 @functools.lru_cache(maxsize=1024, typed=True)  # True and 1 are different scalars

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,42 @@ def _copies(leaves: list[Any]) -> list[Any]:
     return [jnp.copy(leaf) for leaf in leaves]
 
 
+class DevicePart(NamedTuple):
+    """The part of a state that launches overwrite: fields of ``TrainState``."""
+
+    step: Any
+    params: Any
+    model_state: Any
+    opt_state: Any
+    accumulator: Any
+    loss_scale: Any
+    log_sums: Any
+    callback_states: Any
+
+    def state(self, key: Any, stop: Any = None, host: HostFields | None = None, memories: Any = None) -> TrainState:
+        """Complete it to a state; ``memories`` are those of host callbacks."""
+        return TrainState(
+            step=self.step,
+            params=self.params,
+            model_state=self.model_state,
+            opt_state=self.opt_state,
+            key=key,
+            accumulator=self.accumulator,
+            loss_scale=self.loss_scale,
+            log_sums=self.log_sums,
+            callback_states={**self.callback_states, **memories} if memories else self.callback_states,
+            stop=stop,
+            host=host,
+        )
+
+
+def device_part(state: TrainState) -> DevicePart:
+    """Take the device part out of a state, with all the memories that are in it."""
+    return DevicePart(*(getattr(state, field) for field in DevicePart._fields))
+
+
 class Live:
-    """The state of a run that is under way: its device part, which launches overwrite, and its host part.
+    """The state of a run that is under way: its device part, which launches overwrite, and the rest.
 
     The host sees it as a ``TrainState`` and may keep that, or any part of it, for as long as it likes: an array that
     somebody else still refers to when a launch is about to overwrite it is copied first. Reference counts tell, as they
@@ -40,8 +74,9 @@ class Live:
     Attributes:
         host: the host fields.
         stop: whether a callback has asked the run to end.
-        key_data: the random key as plain numbers. Compiled code leaves the key as it is, so it need not return it; and
-            JAX hands plain arrays to compiled code several microseconds faster than arrays of keys.
+        key: the random key.
+        key_data: the same as plain numbers. Compiled code leaves the key as it is, so it need not return it; and JAX
+            hands plain arrays to compiled code several microseconds faster than arrays of keys.
     """
 
     def __init__(self, state: TrainState, device_names: frozenset[str]):
@@ -52,40 +87,25 @@ class Live:
         """Make ``state`` the one that goes on."""
         memories = state.callback_states
         self._host_memories = {name: memory for name, memory in memories.items() if name not in self._device_names}
-        on_device = {name: memory for name, memory in memories.items() if name in self._device_names}
         self.host: HostFields = state.on_host()
         self.stop = bool(state.stop)
-        self._key = state.key
+        self.key = state.key
         self.key_data = jax.random.key_data(state.key)
-        part = state.replace(callback_states=on_device, key=None, stop=None, host=None)
-        leaves, self._structure = jax.tree.flatten(part)
+        on_device = {name: memory for name, memory in memories.items() if name in self._device_names}
+        leaves, self._structure = jax.tree.flatten(device_part(state)._replace(callback_states=on_device))
         self._leaves = [strong(leaf) for leaf in leaves]
 
     def get(self) -> TrainState:
         """Return the whole state."""
-        part: TrainState = jax.tree.unflatten(self._structure, self._leaves)
-        return TrainState(
-            step=part.step,
-            params=part.params,
-            model_state=part.model_state,
-            opt_state=part.opt_state,
-            key=self._key,
-            accumulator=part.accumulator,
-            loss_scale=part.loss_scale,
-            log_sums=part.log_sums,
-            callback_states={**part.callback_states, **self._host_memories},
-            stop=self.stop,
-            host=self.host,
-        )
+        return self.part().state(self.key, self.stop, self.host, self._host_memories)
 
-    def on_device(self) -> TrainState:
-        """Return the state as the compiled step is given it."""
-        return jax.tree.unflatten(self._structure, self._leaves).replace(key=self._key)
+    def part(self) -> DevicePart:
+        """Return the device part."""
+        return jax.tree.unflatten(self._structure, self._leaves)
 
     def update(self, **fields: Any) -> None:
         """Replace fields of the device part."""
-        part = self.on_device().replace(**fields)
-        self._leaves, self._structure = jax.tree.flatten(part.replace(key=None))
+        self._leaves, self._structure = jax.tree.flatten(self.part()._replace(**fields))
 
     def move(self, **fields: Any) -> None:
         """Replace host fields."""
@@ -97,7 +117,7 @@ class Live:
         self.host = HostFields(host.epoch, host.batch_idx + batches, host.history, host.published)
 
     def take(self) -> list[Any]:
-        """Hand over the leaves of the device part, without the key, to be overwritten; ``give`` must follow."""
+        """Hand over the leaves of the device part to be overwritten; ``give`` must follow."""
         leaves = self._leaves
         shared = [i for i, count in enumerate(_reference_counts(leaves)) if count != _SOLE_OWNER]
         if shared:

@@ -68,13 +68,5 @@ class Look:
 
 def _read(launches: list[Launch]) -> dict[str, np.ndarray]:
     """Join the logs of launches into arrays whose first axis is the batch; waits for the device."""
-    done = [launch for launch in launches if launch.steps]
-    if not done:
-        return {}
-    return {name: np.concatenate([_rows(launch, name) for launch in done]) for name in done[0].latest}
-
-
-def _rows(launch: Launch, name: str) -> np.ndarray:
-    if launch.rows is None:
-        return np.asarray(launch.latest[name])[None]
-    return np.asarray(launch.rows[name])[launch.start : launch.start + launch.steps]
+    parts = [launch.read() for launch in launches if launch.steps]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}

@@ -37,7 +37,6 @@ from ant_jax._engine import (
     Launch,
     Programs,
     TrainProgram,
-    means,
     on_device,
     rows_of,
 )
@@ -46,6 +45,7 @@ from ant_jax._live import Live
 from ant_jax._logs import Logs
 from ant_jax._looks import Look
 from ant_jax._state import TrainState
+from ant_jax._sums import means
 from ant_jax.data import Ahead, Feed
 
 
@@ -122,7 +122,7 @@ class Loop:
         if live.host.batch_idx == 0:
             live.update(
                 log_sums=program.zero_sums(),
-                accumulator=jax.tree.map(jnp.zeros_like, live.on_device().accumulator),
+                accumulator=jax.tree.map(jnp.zeros_like, live.part().accumulator),
             )
         looks = [Look(callback) for callback in self._events.watchers]
         chunks = Ahead(feed.chunks(rows_of(feed, program.fused), LAUNCH_SECONDS), on_device)
@@ -187,9 +187,9 @@ class Loop:
         self._live.move(published=sums)
 
     def _epoch_means(self) -> dict[str, Any]:
-        values = means(self._live.on_device().log_sums)
+        values = means(self._live.part().log_sums)
         values |= {name: total / weight for name, (total, weight) in self._live.host.published.items()}
-        self._live.update(log_sums={})
+        self._live.update(log_sums=None)
         return {f"train_{name}": values[name] for name in loss_first(values)}
 
     def _hook(self, name: str, lead: Any, logs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from flax import struct
 from flax.training.dynamic_scale import DynamicScale
 
 from ant_jax._history import History
+from ant_jax._sums import LogSums
 from ant_jax._trees import PyTree, differences
 
 
@@ -75,7 +76,7 @@ class TrainState:
         key: a typed random key. It never changes: step ``i`` draws from ``jax.random.fold_in(key, i)``.
         accumulator: the open accumulation window; ``None`` when ``gradient_accumulation_steps`` is 1.
         loss_scale: flax's ``DynamicScale``; ``None`` unless the precision is float16.
-        log_sums: for every log of the epoch under way, the sum over examples and the examples that it counts.
+        log_sums: the sums of the logs of the epoch under way; ``None`` between epochs.
         callback_states: each callback's own memory, by the callback's name.
         stop: whether a callback has asked the run to end.
         host: the host fields; ``None`` inside the compiled step.
@@ -88,7 +89,7 @@ class TrainState:
     key: chex.PRNGKey
     accumulator: Accumulator | None
     loss_scale: DynamicScale | None
-    log_sums: Mapping[str, tuple[Any, Any]]
+    log_sums: LogSums | None
     callback_states: Mapping[str, Any]
     stop: bool | chex.Array
     host: HostFields | None = struct.field(pytree_node=False)

@@ -166,7 +166,7 @@ class Trainer:
             key=key,
             accumulator=self._empty_window(initial),
             loss_scale=self._initial_scale(),
-            log_sums={},
+            log_sums=None,
             callback_states={},
             stop=False,
             host=HostFields(),
@@ -275,7 +275,7 @@ class Trainer:
             The gradients, unscaled and in float32, and ``{"loss": ..., <metric>: ...}``.
         """
         self._check_state(state)
-        return self._gradients(Live(state, self._events.device_names).on_device(), canonical(batch))
+        return self._gradients(self._in_step(state), canonical(batch))
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """Train on one batch: what ``fit`` does for each, with the traced hooks, without host hooks. Compiled.
@@ -290,10 +290,9 @@ class Trainer:
         """
         self._check_state(state)
         batch = canonical(batch)
-        live = Live(state, self._events.device_names)
-        program = self._programs.train(live, batch)
+        program = self._programs.train(Live(state, self._events.device_names), batch)
         position = jnp.asarray(state.batch_idx, jnp.int32)
-        result = program.single(live.on_device().replace(log_sums={}), batch, position, jnp.bool_(False))
+        result = program.single(self._in_step(state), batch, position, jnp.bool_(False))
         stop = state.stop if result.stop is None else bool(state.stop) or bool(result.stop)
         new = result.state.replace(
             callback_states={**state.callback_states, **result.state.callback_states},
@@ -321,6 +320,10 @@ class Trainer:
 
         return jax.jit(gradients)
 
+    def _in_step(self, state: TrainState) -> TrainState:
+        live = Live(state, self._events.device_names)
+        return live.part()._replace(log_sums=None).state(live.key)
+
     def _running(self, fact: str) -> tuple[int, int | None]:
         if self._run is None:
             raise RuntimeError(
@@ -344,7 +347,7 @@ class Trainer:
         """Raise unless this trainer could have made the state; each form of state is looked at once."""
         if not isinstance(state, TrainState):
             raise TypeError(f"state must be a TrainState, as trainer.init returns it, got {state!r:.200}")
-        form = form_of(state.replace(stop=False, log_sums={}, host=None))
+        form = form_of(state.replace(stop=False, log_sums=None, host=None))
         if form in self._known_forms:
             return
         optimizer_state = jax.eval_shape(self.optimizer.init, state.params)

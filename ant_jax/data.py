@@ -332,8 +332,11 @@ def canonical(batch: PyTree, name: str = "batch") -> PyTree:
     return jax.tree.map(lambda leaf: _canonical_leaf(leaf, name), batch)
 
 
+_COMPUTED_WITH = frozenset(np.dtype(name) for name in ("float32", "int32", "uint8", "bool"))
+
+
 def _canonical_leaf(leaf: Any, name: str) -> Any:
-    if isinstance(leaf, jax.Array):
+    if type(leaf) is np.ndarray and leaf.dtype in _COMPUTED_WITH or isinstance(leaf, jax.Array):
         return leaf
     array = as_numpy(leaf)
     dtype = jax.dtypes.canonicalize_dtype(array.dtype)
