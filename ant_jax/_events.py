@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -40,7 +41,7 @@ class Events:
     Attributes:
         callbacks: the same, as a tuple.
         device_names: the callbacks whose memory lives on the device.
-        watchers: the host callbacks that have batch hooks.
+        watchers: the host callbacks that have batch hooks, each with those hooks by name.
     """
 
     def __init__(self, callbacks: Iterable[Callback], trainer: Any):
@@ -53,13 +54,13 @@ class Events:
             for name, function in hooks_of(callback).items():
                 inside = name in GRADIENT_HOOKS or (name in BATCH_HOOKS and callback.traced)
                 if callback.traced and not inside and name not in HOST_HOOKS:
-                    function = _Compiled(name, function, trainer)
+                    function = _Compiled(name, function, trainer, self.device_names)
                 (self._in_step if inside else self._outside)[name].append((callback, function))
-        self.watchers = tuple(
-            callback
-            for callback in self.callbacks
-            if any(callback is watcher for name in BATCH_HOOKS for watcher, _ in self._outside[name])
-        )
+        self.watchers: list[tuple[Callback, dict[str, HookFn]]] = []
+        for callback in self.callbacks:
+            hooks = {name: hook for name in BATCH_HOOKS for owner, hook in self._outside[name] if owner is callback}
+            if hooks:
+                self.watchers.append((callback, hooks))
 
     def step_hook(self, name: str, batch_idx: chex.Array, state: TrainState, *values: Any) -> tuple[Any, ...]:
         """Run a hook inside the step, over its traced callbacks.
@@ -98,17 +99,16 @@ class Events:
         Returns:
             The state and the logs as the last callback left them.
         """
+        logs = Logs(logs)
         for callback, function in self._outside[name]:
             state, logs = _call(callback, name, function, lead, trainer, (state, logs), self.device_names)
         return state, logs
 
-    def look(
-        self, name: str, watcher: Callback, batch_idx: int, trainer: Any, state: TrainState, logs: Logs
-    ) -> tuple[TrainState, Mapping[str, Any]]:
-        """Run a batch hook of one host callback, if it has that hook; arguments and returns as in ``host_hook``."""
-        for callback, function in self._outside[name]:
-            if callback is watcher:
-                state, logs = _call(callback, name, function, batch_idx, trainer, (state, logs), self.device_names)
+    def batch_hook(
+        self, callback: Callback, name: str, hook: HookFn, batch_idx: int, trainer: Any, state: TrainState, logs: Logs
+    ) -> tuple[TrainState, Logs]:
+        """Run a batch hook of one host callback; arguments and returns as in ``host_hook``."""
+        state, logs = _call(callback, name, hook, batch_idx, trainer, (state, logs), self.device_names)
         return state, logs
 
     def tell(self, error: BaseException, trainer: Any, state: TrainState) -> None:
@@ -146,18 +146,21 @@ class _Compiled:
     Only what the hook changes comes back from the compiled function; the rest of the state is passed by untouched.
     """
 
-    def __init__(self, name: str, function: HookFn, trainer: Any):
-        self._name, self._function, self._trainer = name, function, trainer
+    def __init__(self, name: str, function: HookFn, trainer: Any, device_names: frozenset[str]):
+        self._name, self._function, self._trainer, self._device_names = name, function, trainer, device_names
         self._compiled = jax.jit(self._changes, static_argnums=0)
 
     def __call__(self, *arguments: Any) -> tuple[TrainState, Mapping[str, Any]]:
         *lead, _, state, logs = arguments
-        leaves, treedef = jax.tree.flatten(state.replace(host=None, stop=None))
+        memories = {name: memory for name, memory in state.callback_states.items() if name in self._device_names}
+        leaves, treedef = jax.tree.flatten(state.replace(callback_states=memories, host=None, stop=None))
         values = {name: value for name, value in logs.items() if _is_number(value)}
         changed, stop, published = self._compiled(treedef, lead, leaves, values)
         leaves = [changed.get(str(i), leaf) for i, leaf in enumerate(leaves)]
         stop = bool(state.stop) or (stop is not None and bool(stop))
-        return jax.tree.unflatten(treedef, leaves).replace(host=state.host, stop=stop), {**logs, **published}
+        after: TrainState = jax.tree.unflatten(treedef, leaves)
+        memories = {**state.callback_states, **after.callback_states}
+        return after.replace(callback_states=memories, host=state.host, stop=stop), {**logs, **published}
 
     def _changes(
         self, treedef: Any, lead: list[Any], leaves: list[Any], values: dict[str, Any]
@@ -182,8 +185,6 @@ def _call(
 ) -> tuple[Any, ...]:
     """Call one hook of one callback, judge what it returns, and add the blame to what it raises."""
     try:
-        if not isinstance(given[-1], Logs):
-            given = (*given[:-1], Logs(given[-1]))
         arguments = (trainer, *given) if HOOKS[name].lead is None else (lead, trainer, *given)
         return _judged(name, given, function(*arguments), device_names)
     except Exception as error:
@@ -219,6 +220,8 @@ def _judged(
         result: what came out.
         device_names: the callbacks whose memory must keep its form; ``None``, inside compiled code, means all.
     """
+    if type(result) is tuple and len(result) == len(given) and all(map(operator.is_, result, given)):
+        return result
     values = HOOKS[name].values
     expected = ", ".join(values)
     if result is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ant_jax._callback import Callback
+from ant_jax._callback import Callback, HookFn
 from ant_jax._engine import LAUNCH_SECONDS, Launch
 from ant_jax._logs import Logs
 
@@ -21,48 +21,49 @@ class Look:
 
     Args:
         callback: whose looks.
+        hooks: its batch hooks, by name.
 
     Attributes:
         callback: the same.
+        hooks: the same.
+        every: the callback's.
         open: whether the window has begun and not ended.
     """
 
-    def __init__(self, callback: Callback):
-        self.callback = callback
+    __slots__ = ("_ended_at", "_launches", "_published", "callback", "every", "hooks", "open")
+
+    def __init__(self, callback: Callback, hooks: Mapping[str, HookFn]):
+        self.callback, self.hooks, self.every = callback, hooks, callback.every
         self.open = False
         self._published: Mapping[str, Any] = {}
         self._launches: list[Launch] = []
         self._ended_at = time.monotonic()
 
-    def batches_left(self, batch_idx: int) -> int | None:
-        """Batches from here to the end of the window; ``None`` when it ends wherever the host has control."""
-        every = self.callback.every
-        return None if every is None else every - batch_idx % every
-
     def begins(self, batch_idx: int) -> bool:
         """Whether a window begins before this batch."""
-        every = self.callback.every
-        return not self.open and (every is None or batch_idx % every == 0)
+        return not self.open and (self.every is None or batch_idx % self.every == 0)
 
-    def ends(self, batches_done: int) -> bool:
-        """Whether the window ends when so many batches of the epoch are done."""
-        every = self.callback.every
-        if every is None:
-            return time.monotonic() - self._ended_at > LAUNCH_SECONDS / 2
-        return batches_done % every == 0
+    def begin(self, logs: Mapping[str, Any]) -> None:
+        """Open the window; ``logs`` are as its beginning left them."""
+        self.open = True
+        self._published = {name: value for name, value in logs.items() if name != "batch_size"}
 
     def passed(self, launch: Launch) -> None:
         """Note the logs of a launch."""
         self._launches.append(launch)
 
-    def begin(self, logs: Mapping[str, Any]) -> None:
-        """Open the window; ``logs`` are as its beginning left them."""
-        self.open, self._published = True, {name: value for name, value in logs.items() if name != "batch_size"}
+    def ends(self, batches_done: int) -> bool:
+        """Whether the window ends when so many batches of the epoch are done."""
+        if self.every is None:
+            return time.monotonic() - self._ended_at > LAUNCH_SECONDS / 2
+        return batches_done % self.every == 0
 
     def end(self, logs: Mapping[str, Any]) -> Logs:
         """Close the window; returns ``logs`` for its end, with all that has passed in it."""
         launches, self._launches = self._launches, []
-        self.open, self._ended_at = False, time.monotonic()
+        self.open = False
+        if self.every is None:
+            self._ended_at = time.monotonic()
         return Logs({**logs, **self._published}, lambda: _read(launches))
 
 

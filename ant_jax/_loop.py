@@ -124,7 +124,7 @@ class Loop:
                 log_sums=program.zero_sums(),
                 accumulator=jax.tree.map(jnp.zeros_like, live.part().accumulator),
             )
-        looks = [Look(callback) for callback in self._events.watchers]
+        looks = [Look(*watcher) for watcher in self._events.watchers]
         chunks = Ahead(feed.chunks(rows_of(feed, program.fused), LAUNCH_SECONDS), on_device)
         for chunk in chunks:
             cursor = Cursor(chunk, live.host.batch_idx)
@@ -142,38 +142,44 @@ class Loop:
 
     def _length(self, looks: list[Look], program: TrainProgram, cursor: Cursor) -> int:
         """How many batches to launch: to the next look or the end of the chunk, and no longer than the pace allows."""
-        bounds = [look.batches_left(cursor.batch_idx) for look in looks]
-        longest = program.pace.steps if program.fused else 1
-        return min([cursor.remaining, longest, *(bound for bound in bounds if bound is not None)])
+        length = min(cursor.remaining, program.pace.steps if program.fused else 1)
+        for look in looks:
+            if look.every is not None:
+                length = min(length, look.every - cursor.batch_idx % look.every)
+        return length
 
     def _begin_looks(self, looks: list[Look], cursor: Cursor) -> None:
-        beginning = [look for look in looks if look.begins(cursor.batch_idx)]
-        logs: Mapping[str, Any] = {"batch_size": cursor.chunk.examples}
-        if beginning and self._events.has("on_batch_begin"):
-            logs = self._look("on_batch_begin", beginning, cursor.batch_idx, logs)
-        for look in beginning:
-            look.begin(logs)
+        batch_idx = cursor.batch_idx
+        beginning = [look for look in looks if look.begins(batch_idx)]
+        if beginning:
+            logs = self._look("on_batch_begin", beginning, batch_idx, {"batch_size": cursor.chunk.examples})
+            for look in beginning:
+                look.begin(logs)
 
     def _end_looks(self, looks: list[Look], cursor: Cursor, launch: Launch) -> None:
         """Run ``on_batch_end`` of those whose window ends here; of all, when no more batches follow."""
         for look in looks:
             look.passed(launch)
+        done = cursor.batch_idx
         over = cursor.chunk.last and not cursor.remaining
         logs: Mapping[str, Any] = {"batch_size": cursor.chunk.examples, **launch.latest}
-        while ending := [
-            look for look in looks if look.open and (over or self._live.stop or look.ends(cursor.batch_idx))
-        ]:  # once more if one of them asks to stop: then the windows that were not due end here, too
-            logs = self._look("on_batch_end", ending, cursor.batch_idx - 1, logs)
+        while ending := [look for look in looks if look.open and (over or self._live.stop or look.ends(done))]:
+            # Once more if one of them asks to stop: then the windows that were not due end here, too.
+            logs = self._look("on_batch_end", ending, done - 1, logs)
         if len(logs) > len(launch.latest) + 1:
             self._sum_published(logs, launch, cursor.chunk.examples)
 
     def _look(self, name: str, looks: list[Look], batch_idx: int, logs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Run a batch hook of some host callbacks, in their order."""
-        given = state = self._live.get()
+        """Run a batch hook of some host callbacks, in their order; ``on_batch_end`` ends their windows."""
+        given = state = None
         for look in looks:
             seen = look.end(logs) if name == "on_batch_end" else Logs(logs)
-            state, logs = self._events.look(name, look.callback, batch_idx, self._trainer, state, seen)
-        if state is not given:
+            if name in look.hooks:
+                if state is None:
+                    given = state = self._live.get()
+                hook = look.hooks[name]
+                state, logs = self._events.batch_hook(look.callback, name, hook, batch_idx, self._trainer, state, seen)
+        if state is not None and state is not given:
             self._live.put(state)
         return logs
 
