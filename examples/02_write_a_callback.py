@@ -1,0 +1,158 @@
+"""Write callbacks: pure functions that take the state, the gradients and the logs, and return them.
+
+    python examples/02_write_a_callback.py
+
+One rule holds for every hook: what comes after `trainer` goes in and comes out, in the same order. The example shows
+
+1. one callback written in both styles, as a factory of pure functions and as a frozen dataclass, which train to the
+   same bits;
+2. a callback that rewrites gradients inside the compiled step and has a memory of its own;
+3. a callback on the host that looks every 20 batches and still sees the values of every batch;
+4. all of them at once, together with some that the library has.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import ant_jax as ant
+
+
+# --- 1. One callback, two styles: decaying gradient noise (Neelakantan et al. 2015, https://arxiv.org/abs/1511.06807)
+
+
+def gradient_noise(variance: float = 0.01, decay: float = 0.55) -> ant.Callback:
+    """A factory of pure functions: the hyper-parameters are in the closure."""
+
+    def on_backward_end(batch_idx, trainer, state, grads, logs):
+        return state, with_noise(grads, state, variance, decay), logs
+
+    return ant.Callback(name="gradient_noise", on_backward_end=on_backward_end)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientNoise(ant.Callback):
+    """The same as a frozen dataclass: the hyper-parameters are fields, and the name is `gradient_noise` too."""
+
+    variance: float = 0.01
+    decay: float = 0.55
+
+    def on_backward_end(self, batch_idx, trainer, state, grads, logs):
+        return state, with_noise(grads, state, self.variance, self.decay), logs
+
+
+def with_noise(grads, state, variance, decay):
+    # state.key never changes: each step derives its randomness from it. The model's dropout draws from fold_in(key,
+    # step), so one more fold_in makes this noise independent of it.
+    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)
+    scale = jnp.sqrt(variance / (1.0 + state.step) ** decay)
+    noise = optax.tree.random_like(key, grads, jax.random.normal)
+    return jax.tree.map(lambda grad, normal: grad + scale * normal, grads, noise)
+
+
+# --- 2. Memory: clip to a percentile of the norms so far (Seetharaman et al. 2020, https://arxiv.org/abs/2007.14469)
+
+
+def auto_clip(percentile: float = 25.0, window: int = 128, name: str = "auto_clip") -> ant.Callback:
+    """Nobody has to guess a threshold: it is a percentile of the last `window` gradient norms."""
+
+    def init(state):
+        return jnp.full(window, jnp.nan)  # NaN: no norm yet
+
+    def on_backward_end(batch_idx, trainer, state, grads, logs):
+        norm = optax.tree.norm(grads)
+        norms = state.callback_states[name].at[state.step % window].set(norm)
+        threshold = jnp.nanpercentile(norms, percentile)
+        factor = jnp.minimum(1.0, threshold / norm)  # a Python `if` cannot read a value inside the compiled step
+        grads = jax.tree.map(lambda grad: factor * grad, grads)
+        return state.with_callback_state(name, norms), grads, {**logs, "clipped_to": threshold}
+
+    return ant.Callback(name=name, init=init, on_backward_end=on_backward_end)
+
+
+# --- 3. On the host: look rarely, miss nothing
+
+
+def worst_batch(every: int = 20) -> ant.Callback:
+    """Print the largest loss of every window of batches.
+
+    All steps between two looks run as one compiled program, which keeps their values on the device: `logs.window` has
+    an array for every log, one value a batch.
+    """
+
+    def on_batch_end(batch_idx, trainer, state, logs):
+        losses = logs.window["loss"]
+        first, worst = batch_idx + 1 - len(losses), int(np.argmax(losses))
+        print(
+            f"  epoch {state.epoch}, batches {first} to {batch_idx}: mean loss {losses.mean():.3f}, "
+            f"largest {losses[worst]:.3f} at batch {first + worst}"
+        )
+        return state, logs
+
+    return ant.Callback(name="worst_batch", every=every, on_batch_end=on_batch_end)
+
+
+class MLP(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.relu(nn.Dense(128)(x))
+        x = nn.Dropout(0.2, deterministic=not train)(x)
+        return nn.Dense(10)(x)
+
+
+def main(epochs: int = 5, every: int = 20):
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32)
+    x_train, x_val, y_train, y_val = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
+    train_loader = ant.ArrayLoader((x_train, y_train), batch_size=32)
+    val_loader = ant.ArrayLoader((x_val, y_val), batch_size=128, shuffle=False)
+
+    def train(*callbacks: ant.Callback):
+        trainer = ant.Trainer(
+            MLP(),
+            optax.adam(2e-3),
+            optax.softmax_cross_entropy_with_integer_labels,
+            metrics={"accuracy": ant.metrics.accuracy},
+            callbacks=callbacks,
+            progress_bar=False,
+        )
+        state, history = trainer.fit(trainer.init((x_train, y_train)), train_loader, epochs, val_loader)
+        return trainer, state, history
+
+    print("Gradient noise in two styles:")
+    _, by_factory, _ = train(gradient_noise(variance=0.02))
+    _, by_dataclass, _ = train(GradientNoise(variance=0.02))
+    _, without, _ = train()
+    assert bit_equal(by_factory.params, by_dataclass.params)
+    assert not bit_equal(by_factory.params, without.params)
+    print("  both gave the same parameters, to the bit, and others than training without noise")
+
+    print(f"Several at once, with a look every {every} batches:")
+    trainer, state, history = train(
+        ant.callbacks.gradient_norm(),  # callbacks run in this order, so this is the norm before noise and clipping
+        GradientNoise(variance=0.02),
+        auto_clip(percentile=25.0),
+        ant.callbacks.gradient_norm(name="clipped_norm"),
+        ant.callbacks.ema(decay=0.98),
+        worst_batch(every),
+    )
+    print(history)
+    print(f"auto_clip remembers the last {np.isfinite(state.callback_states['auto_clip']).sum()} gradient norms")
+    averaged = state.replace(params=state.callback_states["ema"])
+    for weights, chosen in {"last": state, "averaged": averaged}.items():
+        print(f"accuracy of the {weights} weights: {trainer.evaluate(chosen, val_loader)['val_accuracy']:.2%}")
+    return history
+
+
+def bit_equal(a, b) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+if __name__ == "__main__":
+    main()

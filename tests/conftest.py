@@ -1,0 +1,40 @@
+"""Strict JAX for every test: promotions raise, several CPU devices, one compilation counter."""
+
+import os
+
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from collections.abc import Iterator  # noqa: E402  # XLA reads its flags when it is imported
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_compilations: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: _compilations.append(event) if event.endswith("backend_compile_duration") else None
+)
+
+
+class Compilations:
+    """Counts what XLA has compiled since the fixture was made, or since `reset`."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self._before = len(_compilations)
+
+    @property
+    def count(self) -> int:
+        return len(_compilations) - self._before
+
+
+@pytest.fixture
+def compilations() -> Iterator[Compilations]:
+    yield Compilations()

@@ -1,0 +1,88 @@
+"""Making callbacks: names, both styles, what is refused."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+import ant_jax as ant
+from ant_jax._callback import checked, hooks_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Patience(ant.Callback):
+    patience: int = 5
+    every: int = 10
+
+    def on_epoch_end(self, epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        return state, logs
+
+
+def test_a_subclass_has_its_name_in_snake_case_and_only_the_hooks_that_it_defines():
+    callback = Patience(patience=3)
+    assert callback.name == "patience"
+    assert list(hooks_of(callback)) == ["on_epoch_end"]
+    assert (callback.patience, callback.every, callback.traced) == (3, 10, False)
+
+
+def test_a_subclass_may_make_its_name_a_field():
+    @dataclasses.dataclass(frozen=True)
+    class Named(ant.Callback):
+        name: str = "first"
+
+    assert checked([Named(), Named(name="second")])[1].name == "second"
+
+
+def test_every_hook_can_be_given_as_a_function():
+    function = lambda *arguments: arguments[-2:]  # noqa: E731
+    callback = ant.Callback(name="all", **dict.fromkeys(ant.HOOKS, function))  # pyright: ignore[reportArgumentType]
+    assert hooks_of(callback) == dict.fromkeys(ant.HOOKS, function)
+
+
+def test_a_misspelt_hook_raises_when_the_callback_is_made():
+    with pytest.raises(TypeError, match="Callback 'typo' has no hook named 'on_epoch_edn'; did you mean 'on_epoch_end'?"):
+        ant.Callback(name="typo", on_epoch_edn=print)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="class Typo has no hook named 'on_backwards_end'; did you mean 'on_backward_end'?"):
+
+        class Typo(ant.Callback):
+            def on_backwards_end(self) -> None: ...
+
+    with pytest.raises(TypeError, match="the hooks are on_train_begin, on_epoch_begin"):
+        ant.Callback(name="typo", zzz=print)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_callback_cannot_change():
+    callback = ant.Callback(name="fixed")
+    with pytest.raises(TypeError, match=r"callback 'fixed' cannot change .* state.callback_states\['fixed'\]"):
+        callback.wait = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+    class Mutable(ant.Callback):
+        def __init__(self):
+            self.wait = 0
+
+    with pytest.raises(TypeError, match=r"@dataclasses.dataclass\(frozen=True\)"):
+        Mutable()
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, "often"])
+def test_a_bad_every_is_refused(every):
+    with pytest.raises(ValueError, match=f"'rare': every must be a whole number of batches or None, got {every!r}"):
+        ant.Callback(name="rare", every=every)
+    with pytest.raises(ValueError, match="every must be a whole number"):
+        checked([Patience(every=every)])
+
+
+def test_a_traced_callback_has_no_every():
+    with pytest.raises(ValueError, match="is traced, so it runs in every step; every=7 is for host ones"):
+        ant.Callback(name="both", traced=True, every=7)
+
+
+def test_a_list_of_callbacks_is_checked():
+    with pytest.raises(ValueError, match="two callbacks are named 'same'; a name keys the callback's memory"):
+        checked([ant.Callback(name="same"), ant.Callback(name="same")])
+    with pytest.raises(TypeError, match=r"callbacks\[1\] is not an ant_jax.Callback but .*ema.*; call the factory"):
+        checked([ant.Callback(name="fine"), ant.callbacks.ema])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="'x': on_epoch_end must be a function, got 3"):
+        ant.Callback(name="x", on_epoch_end=3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="a callback's name must be a non-empty string"):
+        ant.Callback()

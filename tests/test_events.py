@@ -1,0 +1,197 @@
+"""What hooks return is judged, and who is to blame is named."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import batches, host, leaves_of, trainer
+
+import ant_jax as ant
+from ant_jax import HOOKS, CallbackReturnError
+
+
+HOST_NAMES = [name for name, hook in HOOKS.items() if not hook.grads and name != "on_exception"]
+GRADIENT_NAMES = [name for name, hook in HOOKS.items() if hook.grads]
+
+
+def fit_with(hook_name: str, hook: Any, *, traced: bool = False, init: Any = None) -> Any:
+    callback = ant.Callback(name="bad", traced=traced, init=init, **{hook_name: hook})
+    a_trainer = trainer(callback)
+    state = a_trainer.init(batches()[0])
+    before = leaves_of(state)
+    try:
+        return a_trainer.fit(state, batches(2), 1, batches(1))
+    finally:  # whatever happens, nothing of the caller's is lost
+        for old, new in zip(before, leaves_of(state), strict=True):
+            np.testing.assert_array_equal(old, new)
+
+
+BAD = {
+    "none": (lambda state, rest, logs: None, "{hook} returned None instead of {names}; did you forget `return {names}`"),
+    "state alone": (lambda state, rest, logs: state, "{hook} returned state instead of the {n} values {names}"),
+    "swapped": (lambda state, rest, logs: (logs, *rest, state), r"{hook} returned \(logs.*\) where \({names}\) belongs"),
+    "too many": (lambda state, rest, logs: (state, *rest, logs, 1), "values instead of the {n} values {names}"),
+    "dropped log": (lambda state, rest, logs: (state, *rest, {}), "{hook} dropped the log '.*'; to publish a value"),
+    "text": (lambda state, rest, logs: (state, *rest, {**logs, "a": "b"}), "{hook} published the log 'a' as str"),
+    "missing leaf": (
+        lambda state, rest, logs: (state.replace(params={"bias": state.params["bias"]}), *rest, logs),
+        "{hook} returned state.params of another structure, shape or dtype:\n  kernel: missing",
+    ),
+    "extra leaf": (
+        lambda state, rest, logs: (state.replace(params={**state.params, "c": jnp.ones(1)}), *rest, logs),
+        r"state.params of another.*\n  c: unexpected, float32\[1\]",
+    ),
+    "dtype": (
+        lambda state, rest, logs: (
+            state.replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)), *rest, logs,
+        ),
+        r"bias: expected float32\[3\], got bfloat16\[3\]",
+    ),
+    "shape": (
+        lambda state, rest, logs: (state.replace(opt_state=jnp.ones(2)), *rest, logs),
+        "{hook} returned state.opt_state of another structure",
+    ),
+    "memories": (
+        lambda state, rest, logs: (state.replace(callback_states={"ghost": 1}), *rest, logs),
+        "{hook} changed who has a memory",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BAD)
+@pytest.mark.parametrize(
+    ("hook_name", "traced"),
+    [(name, False) for name in HOST_NAMES] + [(name, True) for name in HOST_NAMES + GRADIENT_NAMES],
+)
+def test_a_bad_return_is_refused_with_the_hook_and_the_fault(hook_name, traced, fault):
+    make, message = BAD[fault]
+    if fault == "dropped log" and hook_name in ("on_train_begin", "on_epoch_begin", "on_evaluate_begin"):
+        message = None  # there is no log yet to drop
+
+    def hook(*arguments: Any) -> Any:
+        values = arguments[arguments.index(next(a for a in arguments if isinstance(a, ant.TrainState))) :]
+        return make(values[0], values[1:-1], values[-1])
+
+    if message is None:
+        fit_with(hook_name, hook, traced=traced)
+        return
+    names = HOOKS[hook_name].values
+    with pytest.raises(CallbackReturnError, match=message.format(hook=hook_name, names=", ".join(names), n=len(names))) as e:
+        fit_with(hook_name, hook, traced=traced)
+    assert any(f"in {hook_name} of callback 'bad'" in note for note in e.value.__notes__)
+
+
+@pytest.mark.parametrize("hook_name", GRADIENT_NAMES)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: {"kernel": g["kernel"]}, "bias: missing"),
+        (lambda g: jax.tree.map(jnp.sum, g), r"bias: expected float32\[3\], got float32\[\]"),
+        (lambda g: jax.tree.map(lambda x: x.astype(jnp.float16), g), "got float16"),
+        (lambda g: list(g.values()), "unexpected"),
+        (lambda g: None, "missing"),
+    ],
+)
+def test_gradients_keep_their_form(hook_name, change, message):
+    with pytest.raises(CallbackReturnError, match=f"{hook_name} returned grads of another(.|\n)*{message}"):
+        fit_with(hook_name, lambda batch_idx, trainer, state, grads, logs: (state, change(grads), logs))
+
+
+def test_a_python_if_in_a_traced_hook_gets_the_remedy():
+    def hook(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+        return (state, jax.tree.map(jnp.zeros_like, grads), logs) if logs["loss"] > 1 else (state, grads, logs)
+
+    with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
+        fit_with("on_backward_end", hook)
+    assert caught.value.__notes__[0] == "in on_backward_end of callback 'bad', while tracing the compiled step"
+    assert "write jnp.where(x > 0, a, b) or jax.lax.cond" in caught.value.__notes__[1]
+
+
+def test_the_host_fields_are_out_of_reach_inside_the_step():
+    for field in ("epoch", "batch_idx", "history"):
+
+        def hook(batch_idx: Any, trainer: Any, state: Any, logs: Any, field: str = field) -> Any:
+            getattr(state, field)
+            return state, logs
+
+        with pytest.raises(RuntimeError, match=f"state.{field} is a host field and has no value inside a traced hook"):
+            fit_with("on_batch_end", hook, traced=True)
+
+
+def test_the_trainer_keeps_epoch_position_and_history():
+    from ant_jax._state import moved
+
+    for field in ({"epoch": 7}, {"batch_idx": 3}, {"history": ant.History()}):
+        with pytest.raises(CallbackReturnError, match="those are the trainer's. To end the run early"):
+            fit_with("on_epoch_end", lambda e, t, state, logs, field=field: (moved(state, **field), logs))
+
+
+def test_the_key_never_changes_inside_the_step():
+    def hook(batch_idx: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        return state.replace(key=jax.random.split(state.key)[0]), logs
+
+    with pytest.raises(CallbackReturnError, match=r"draw from jax.random.fold_in\(state.key, state.step\)"):
+        fit_with("on_batch_end", hook, traced=True)
+
+
+def test_logs_are_read_only():
+    def hook(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        logs["lr"] = 1.0
+        return state, logs
+
+    with pytest.raises(TypeError, match=r"logs are read-only; to publish 'lr', return \{\*\*logs, 'lr': value\}"):
+        fit_with("on_epoch_end", hook)
+
+
+def test_a_traced_memory_keeps_its_form_and_a_host_memory_need_not():
+    def grow(epoch: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        memory = state.callback_states["bad"]
+        return state.with_callback_state("bad", {"more": memory}), logs
+
+    state, _ = fit_with("on_epoch_end", grow, init=lambda state: {"text": "anything"})
+    assert state.callback_states["bad"] == {"more": {"text": "anything"}}
+    with pytest.raises(CallbackReturnError, match=r"state.callback_states\['bad'\] of another structure"):
+        fit_with("on_epoch_end", grow, traced=True, init=lambda state: {"count": 0})
+
+
+def test_a_callback_without_init_has_no_memory():
+    def hook(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        return state.with_callback_state("bad", 1), logs
+
+    with pytest.raises(KeyError, match="no callback named 'bad' has a memory here"):
+        fit_with("on_epoch_end", hook)
+
+
+def test_an_exception_in_init_names_the_callback():
+    with pytest.raises(ZeroDivisionError) as caught:
+        fit_with("on_epoch_end", lambda *a: a[-2:], init=lambda state: 1 / 0)
+    assert caught.value.__notes__ == ["in init of callback 'bad'"]
+
+
+def test_host_hooks_may_change_the_weights_with_plain_numpy():
+    def double(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        return state.replace(params=jax.tree.map(lambda x: 2 * np.asarray(x), state.params)), logs
+
+    state, _ = fit_with("on_epoch_end", double)
+    plain, _ = fit_with("on_epoch_end", lambda *arguments: arguments[-2:])
+    for doubled, leaf in zip(jax.tree.leaves(state.params), jax.tree.leaves(plain.params), strict=True):
+        assert isinstance(doubled, jax.Array)
+        np.testing.assert_array_equal(doubled, 2 * leaf)
+
+
+def test_traced_and_host_callbacks_see_the_other_ones_memories():
+    def count(epoch: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        return state.with_callback_state("traced", state.callback_states["traced"] + 1), logs
+
+    def note(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        seen = f"{state.callback_states['host']}{int(state.callback_states['traced'])}"
+        return state.with_callback_state("host", seen), logs
+
+    a_trainer = trainer(
+        ant.Callback(name="traced", traced=True, init=lambda state: 0, on_epoch_end=count),
+        host("host", init=lambda state: "seen:", on_epoch_end=note),
+    )
+    state, _ = a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 3)
+    assert state.callback_states["host"] == "seen:123"

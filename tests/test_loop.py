@@ -1,0 +1,364 @@
+"""The order of the hooks, what they see, and that the trained numbers are those of a loop written by hand."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import BATCH, LINEAR, adam, apply, assert_bit_equal, batches, cross_entropy, data, host, trainer
+
+import ant_jax as ant
+from ant_jax import HOOKS
+
+
+HOST_NAMES = [name for name, hook in HOOKS.items() if not hook.grads and name != "on_exception"]
+
+
+def recorder(log: list[Any], name: str = "recorder", every: int | None = 1, stop_at: Any = None, fail_at: Any = None):
+    """A callback that writes down its hooks; may ask to stop, or fail, at one of them."""
+
+    def hook(hook_name: str):
+        def function(*arguments: Any) -> Any:
+            *lead, _, state, logs = arguments
+            event = (hook_name, *(lead if hook_name != "on_exception" else ()))
+            log.append(event)
+            if event == fail_at:
+                raise RuntimeError("on purpose")
+            return (state.request_stop() if event == stop_at else state), logs
+
+        return function
+
+    return host(name, every=every, **{name: hook(name) for name in [*HOST_NAMES, "on_exception"]})
+
+
+LETTERS = {
+    "on_train_begin": "T",
+    "on_train_end": "t",
+    "on_epoch_begin": "E",
+    "on_epoch_end": "e",
+    "on_batch_begin": "B",
+    "on_batch_end": "b",
+    "on_evaluate_begin": "V",
+    "on_evaluate_end": "v",
+    "on_exception": "x",
+}
+GRAMMAR = re.compile(r"T(E(Bb)*(Vv)?e)*t")
+
+
+def spelled(log: list[Any]) -> str:
+    return "".join(LETTERS[event[0]] for event in log)
+
+
+def run(log: list[Any], *, epochs: int = 2, **options: Any) -> tuple[ant.TrainState, ant.History]:
+    a_trainer = trainer(recorder(log, **options))
+    state = a_trainer.init(batches()[0])
+    return a_trainer.fit(state, batches(3), epochs, val_loader=batches(1))
+
+
+def test_the_order_of_all_hooks():
+    log: list[Any] = []
+    run(log)
+    one_epoch = lambda epoch: [  # noqa: E731
+        ("on_epoch_begin", epoch),
+        *((name, i) for i in range(3) for name in ("on_batch_begin", "on_batch_end")),
+        ("on_evaluate_begin",),
+        ("on_evaluate_end",),
+        ("on_epoch_end", epoch),
+    ]
+    assert log == [("on_train_begin",), *one_epoch(0), *one_epoch(1), ("on_train_end",)]
+
+
+def test_all_callbacks_finish_a_hook_before_the_next_begins():
+    log: list[Any] = []
+    first, second = recorder(log, "first"), recorder(log, "second")
+    a_trainer = trainer(first, second)
+    a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 1, batches(1))
+    assert log[::2] == log[1::2]
+
+
+EVENTS = [
+    ("on_train_begin",),
+    ("on_epoch_begin", 0),
+    ("on_batch_begin", 1),
+    ("on_batch_end", 1),
+    ("on_evaluate_begin",),
+    ("on_evaluate_end",),
+    ("on_epoch_end", 0),
+    ("on_train_end",),
+]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event[0])
+def test_after_a_request_to_stop_open_scopes_close_in_order(event):
+    log: list[Any] = []
+    state, history = run(log, stop_at=event)
+    assert GRAMMAR.fullmatch(spelled(log)), log
+    assert state.stop
+    after = log[log.index(event) + 1 :]
+    # Nothing new begins, but for the evaluation of an epoch that has trained.
+    assert not {"on_epoch_begin", "on_batch_begin"} & {name for name, *_ in after}
+    assert len(history) == (0 if event == ("on_train_begin",) else 2 if event == ("on_train_end",) else 1)
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event[0])
+def test_after_an_exception_comes_on_exception_and_nothing_else(event):
+    log: list[Any] = []
+    with pytest.raises(RuntimeError, match="on purpose") as caught:
+        run(log, fail_at=event)
+    assert log[-1] == ("on_exception",)
+    assert log[-2] == event
+    assert any(f"in {event[0]} of callback 'recorder'" in note for note in caught.value.__notes__)
+
+
+def test_the_note_names_epoch_and_batch():
+    with pytest.raises(RuntimeError) as caught:
+        run([], fail_at=("on_batch_end", 2))
+    assert caught.value.__notes__ == ["in on_batch_end of callback 'recorder' (epoch 0, batch 2)"]
+
+
+def test_a_failing_on_exception_hides_neither_the_error_nor_the_others():
+    log: list[Any] = []
+
+    def fail(exception: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        raise ValueError("second")
+
+    def boom(epoch: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        raise RuntimeError("first")
+
+    a_trainer = trainer(host("a", on_exception=fail), recorder(log, "b"), host("c", on_epoch_end=boom))
+    with pytest.raises(RuntimeError, match="first") as caught:
+        a_trainer.fit(a_trainer.init(batches()[0]), batches(1), 1)
+    assert ("on_exception",) in log
+    assert any("on_exception of callback 'a' failed too: ValueError('second')" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5, 100, None])
+def test_windows_hold_every_batch_once_and_pair_begin_with_end(every):
+    log: list[Any] = []
+    seen: list[float] = []
+    whole: list[float] = []
+
+    def look(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        seen.extend(logs.window["loss"])
+        np.testing.assert_array_equal(logs.window["loss"][-1], logs["loss"])
+        return state, logs
+
+    def note(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        whole.append(float(logs["loss"]))
+        return state, logs
+
+    loader = batches(7) + batches(1, batch=3)
+    rare = trainer(recorder(log, every=every), host("look", every=every, on_batch_end=look))
+    rare.fit(rare.init(batches()[0]), loader, 2)
+    each = trainer(host("note", on_batch_end=note))
+    each.fit(each.init(batches()[0]), loader, 2)
+    np.testing.assert_array_equal(np.float32(seen), np.float32(whole))
+    assert GRAMMAR.fullmatch(spelled(log))
+    if every:
+        ends = [i for name, *lead in log if name == "on_batch_end" for i in lead]
+        assert ends == 2 * [i for i in range(8) if (i + 1) % every == 0 or i == 7]
+
+
+def by_hand(optimizer: optax.GradientTransformation, loader: Any, epochs: int, params: Any) -> tuple[Any, Any, list[Any]]:
+    """The loop that everybody writes."""
+
+    @jax.jit
+    def step(params: Any, opt_state: Any, batch: Any) -> Any:
+        def loss_of(params: Any) -> Any:
+            outputs, _ = apply(params, {}, batch[0], None)
+            return cross_entropy(outputs, batch[1]).mean()
+
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    opt_state, losses = optimizer.init(params), []
+    for _ in range(epochs):
+        for batch in loader:
+            params, opt_state, loss = step(params, opt_state, batch)
+            losses.append(loss)
+    return params, opt_state, losses
+
+
+@pytest.mark.parametrize("make", [lambda: optax.sgd(0.1, momentum=0.9), adam], ids=["sgd", "adam"])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_no_callbacks_is_the_loop_written_by_hand_bit_for_bit(make, fuse):
+    loader = batches(6) + batches(1, batch=5)
+    a_trainer = trainer(optimizer=make(), fuse=fuse)
+    start = a_trainer.init(loader[0])
+    state, _ = a_trainer.fit(start, loader, 3)
+    params, opt_state, _ = by_hand(make(), loader, 3, start.params)
+    assert_bit_equal(state, state.replace(params=params, opt_state=opt_state))
+
+
+def identity(traced: bool, **options: Any) -> ant.Callback:
+    hooks: dict[str, Any] = {name: lambda *arguments: arguments[-2:] for name in HOST_NAMES}
+    hooks |= {name: lambda *arguments: arguments[-3:] for name, hook in HOOKS.items() if hook.grads}
+    return ant.Callback(name="identity", traced=traced, **hooks, **options)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [identity(traced=True), identity(traced=False), identity(traced=False, every=3), identity(traced=False, every=None)],
+    ids=["traced", "every=1", "every=3", "every=None"],
+)
+@pytest.mark.parametrize("fuse", [True, False])
+def test_identity_callbacks_and_any_chunking_change_no_bit(callback, fuse):
+    loader = batches(7) + batches(1, batch=2)
+    plain, looking = trainer(optimizer=adam()), trainer(callback, optimizer=adam(), fuse=fuse)
+    start = plain.init(loader[0])
+    expected, history = plain.fit(start, loader, 2, loader)
+    actual, same_history = looking.fit(start, loader, 2, loader)
+    assert_bit_equal(actual, expected)
+    assert same_history == history
+
+
+def test_epoch_values_are_means_over_examples():
+    loader = batches(2) + batches(1, batch=3, seed=1)
+
+    def publish(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        return state, {**logs, "size": logs["batch_size"]}
+
+    def publish_traced(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+        return state, grads, {**logs, "twice": 2.0 * logs["loss"], "vector": jnp.full(3, logs["loss"])}
+
+    a_trainer = trainer(
+        host("host", on_batch_end=publish),
+        host("traced", on_backward_end=publish_traced),
+        optimizer=optax.sgd(0.0),
+        metrics={"accuracy": ant.metrics.accuracy},
+    )
+    state = a_trainer.init(loader[0])
+    _, history = a_trainer.fit(state, loader, 1, loader)
+    (logs,) = history
+    expected = a_trainer.evaluate(state, [tuple(np.concatenate(part) for part in zip(*loader, strict=True))])
+    assert list(logs) == [
+        "train_loss", "train_accuracy", "train_size", "train_twice", "train_vector", "val_loss", "val_accuracy",
+    ]  # fmt: skip
+    np.testing.assert_allclose(logs["train_loss"], expected["val_loss"], rtol=1e-6)
+    np.testing.assert_allclose(logs["train_accuracy"], expected["val_accuracy"], rtol=1e-6)
+    np.testing.assert_allclose(logs["val_loss"], expected["val_loss"], rtol=1e-6)
+    np.testing.assert_allclose(logs["train_twice"], 2 * logs["train_loss"], rtol=1e-6)
+    np.testing.assert_allclose(logs["train_vector"], np.full(3, logs["train_loss"]), rtol=1e-6)
+    assert logs["train_size"] == (8 * 8 + 8 * 8 + 3 * 3) / 19
+
+
+def test_what_opens_a_scope_publishes_is_there_when_it_closes():
+    def opening(name: str):
+        return lambda *arguments: (arguments[-2], {**arguments[-1], name: 1.5})
+
+    seen: dict[str, list[str]] = {}
+
+    def closing(name: str):
+        def hook(*arguments: Any) -> Any:
+            seen[name] = list(arguments[-1])
+            return arguments[-2:]
+
+        return hook
+
+    scopes = ("train", "epoch", "batch", "evaluate")
+    hooks: dict[str, Any] = {f"on_{scope}_begin": opening(f"at_{scope}") for scope in scopes}
+    hooks |= {f"on_{scope}_end": closing(scope) for scope in scopes}
+    a_trainer = trainer(host(**hooks))
+    _, history = a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 1, batches(1))
+    assert seen["batch"] == ["batch_size", "loss", "at_batch"]
+    assert seen["evaluate"] == ["at_evaluate", "val_loss"]
+    assert seen["epoch"] == ["at_epoch", "train_loss", "train_at_batch", "at_evaluate", "val_loss"]
+    assert seen["train"] == ["at_train", *seen["epoch"]]
+    assert list(history[0]) == seen["epoch"]
+
+
+def test_a_later_callback_sees_what_an_earlier_one_published():
+    def first(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        return state, {**logs, "lr": 0.5}
+
+    def second(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        return state, {**logs, "half_lr": logs["lr"] / 2}
+
+    a_trainer = trainer(host("a", on_batch_end=first), host("b", on_batch_end=second))
+    _, history = a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 1)
+    assert history[0]["train_half_lr"] == 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class StopWhenSmall(ant.Callback):
+    """A traced callback that asks to stop in the middle of a launch."""
+
+    limit: int = 4
+    traced: bool = True
+
+    def on_batch_end(self, batch_idx: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        return state.request_stop(when=batch_idx + 1 >= self.limit), logs
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_traced_hook_stops_the_run_at_the_very_batch(fuse):
+    log: list[Any] = []
+    a_trainer = trainer(StopWhenSmall(limit=4), recorder(log, every=100), fuse=fuse)
+    state, history = a_trainer.fit(a_trainer.init(batches()[0]), batches(20), 3, batches(1))
+    assert int(state.step) == 4
+    assert ("on_batch_end", 3) in log
+    assert GRAMMAR.fullmatch(spelled(log))
+    assert len(history) == 1
+    four = trainer().fit(trainer().init(batches()[0]), batches(20)[:4], 1)[0]
+    assert_bit_equal(state, four, "params")
+
+
+def test_num_epochs_counts_all_epochs_and_a_finished_run_is_left_alone(caplog):
+    a_trainer = trainer()
+    start = a_trainer.init(batches()[0])
+    two, _ = a_trainer.fit(start, batches(), 2)
+    four, history = a_trainer.fit(two, batches(), 4)
+    straight, _ = a_trainer.fit(start, batches(), 4)
+    assert_bit_equal(four, straight)
+    assert (four.epoch, len(history)) == (4, 4)
+    same, _ = a_trainer.fit(four, batches(), 4)
+    assert same is four
+    assert "nothing to do: the state has done 4 epochs and num_epochs is 4" in caplog.text
+
+
+def test_fit_goes_on_inside_an_epoch():
+    loader = ant.ArrayLoader(data(7 * BATCH), BATCH, seed=3)
+    log: list[Any] = []
+    a_trainer = trainer(optimizer=adam())
+    start = a_trainer.init(next(iter(loader)))
+    expected, history = a_trainer.fit(start, loader, 2)
+
+    kept: list[Any] = []
+
+    def keep(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        kept.append(state)
+        return state, logs
+
+    keeper = trainer(host("keep", on_batch_end=keep), optimizer=adam())
+    keeper.fit(start, loader, 2)
+    resumer = trainer(recorder(log, every=3), optimizer=adam())
+    for middle in (kept[2], kept[5], kept[9]):
+        log.clear()
+        state, same_history = resumer.fit(middle, loader, 2)
+        assert_bit_equal(state, expected)
+        assert same_history == history
+        assert spelled(log).startswith("TB")  # the epoch has begun already
+
+
+def test_hooks_know_the_length_of_the_run():
+    known: list[Any] = []
+
+    def note(trainer: Any, state: Any, logs: Any) -> Any:
+        known.append((trainer.num_epochs, trainer.steps_per_epoch))
+        return state, logs
+
+    a_trainer = trainer(host(on_train_begin=note))
+    state, _ = a_trainer.fit(a_trainer.init(batches()[0]), batches(3), 1)
+    a_trainer.fit(state, iter(batches(9)), 3, steps_per_epoch=4)
+    assert known == [(1, 3), (3, 4)]
+    with pytest.raises(RuntimeError, match="known only to host hooks, while fit runs"):
+        _ = a_trainer.num_epochs
+
+
+def test_model_pairs_are_taken_as_they_are():
+    assert ant.pure_functions(LINEAR).apply is apply
