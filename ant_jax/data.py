@@ -187,47 +187,41 @@ class Feed:
     def _filled(self, rows: int | None, seconds: float) -> Iterator[Chunk]:
         """Chunks filled batch by batch; an exception of the loader comes after the batches before it."""
         stack, deadline = None, 0.0
-        try:
-            for leaves, form, last in self._checked():
-                if stack is not None and form is not self._form:  # the shorter last batch
-                    yield stack.finished(last=False)
-                    stack = None
-                if stack is None:
-                    stack, deadline = _Stack(rows, leaves, form), time.monotonic() + seconds
-                stack.add(leaves)
-                if last or stack.filled == (rows or 1) or time.monotonic() > deadline:
-                    yield stack.finished(last)
-                    stack = None
-        except Exception:
-            if stack is not None:
+        batch, done, failure = (self._first, self._form), self._start, None
+        while batch is not None:
+            leaves, form = batch
+            if stack is not None and form != self._form:
                 yield stack.finished(last=False)
-            raise
+                stack = None
+            if stack is None:
+                stack, deadline = _Stack(rows, leaves, form), time.monotonic() + seconds
+            stack.add(leaves)  # before the loader is asked for more, so that it may reuse its buffers
+            done += 1
+            try:
+                batch = self._following(done)
+            except Exception as error:
+                batch, failure = None, error
+            last = batch is None and failure is None
+            if form != self._form:
+                self._refuse_other_form(leaves, form, done - 1, last)
+            if batch is None or stack.filled == (rows or 1) or time.monotonic() > deadline:
+                yield stack.finished(last)
+                stack = None
+        if failure is not None:
+            raise failure
 
-    def _checked(self) -> Iterator[tuple[list[Any], _Form, bool]]:
-        """Yield the leaves and the form of every batch, and whether it is the last of the epoch."""
-        leaves, form, batch_idx = self._first, self._form, self._start
-        while True:
-            following, failure = None, None
-            done = batch_idx + 1
-            if self._limit is None or done < self._limit:
-                try:
-                    following = next(self._batches, None)
-                except Exception as error:
-                    failure = error
-            last = following is None and failure is None
-            if last:
-                self._refuse_early_end(done)
-            if form == self._form:
-                form = self._form
-            else:
-                self._refuse_other_form(leaves, form, batch_idx, last)
-            yield leaves, form, last
-            if failure is not None:
-                failure.add_note(f"in {self._name}, after {done} batches of epoch {self._epoch}")
-                raise failure
-            if following is None:
-                return
-            (leaves, form), batch_idx = following, done
+    def _following(self, done: int) -> tuple[list[Any], _Form] | None:
+        """Fetch the batch after ``done`` others; ``None`` when the epoch is over."""
+        if done == self._limit:
+            return None
+        try:
+            batch = next(self._batches, None)
+        except Exception as error:
+            error.add_note(f"in {self._name}, after {done} batches of epoch {self._epoch}")
+            raise
+        if batch is None:
+            self._refuse_early_end(done)
+        return batch
 
     def _refuse_other_form(self, leaves: list[Any], form: _Form, batch_idx: int, last: bool) -> None:
         where = f"{self._name}, batch {batch_idx} of epoch {self._epoch}"
@@ -313,7 +307,7 @@ def as_numpy(leaf: Any) -> np.ndarray:
     array = np.asarray(leaf)
     if array.dtype == object or array.dtype.kind in "USMm":
         raise BatchError(
-            f"a batch is a pytree of numeric arrays; it holds {type(leaf).__name__} of dtype {array.dtype}"
+            f"a batch is a pytree of numeric arrays; it holds a {type(leaf).__name__} (dtype {array.dtype})"
         )
     return array
 

@@ -40,9 +40,13 @@ def test_every_hook_can_be_given_as_a_function():
 
 
 def test_a_misspelt_hook_raises_when_the_callback_is_made():
-    with pytest.raises(TypeError, match="Callback 'typo' has no hook named 'on_epoch_edn'; did you mean 'on_epoch_end'?"):
+    with pytest.raises(
+        TypeError, match="Callback 'typo' has no hook named 'on_epoch_edn'; did you mean 'on_epoch_end'?"
+    ):
         ant.Callback(name="typo", on_epoch_edn=print)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match="class Typo has no hook named 'on_backwards_end'; did you mean 'on_backward_end'?"):
+    with pytest.raises(
+        TypeError, match="class Typo has no hook named 'on_backwards_end'; did you mean 'on_backward_end'?"
+    ):
 
         class Typo(ant.Callback):
             def on_backwards_end(self) -> None: ...

@@ -78,7 +78,9 @@ def test_a_bad_return_is_refused_with_the_hook_and_the_fault(hook_name, traced, 
         fit_with(hook_name, hook, traced=traced)
         return
     names = HOOKS[hook_name].values
-    with pytest.raises(CallbackReturnError, match=message.format(hook=hook_name, names=", ".join(names), n=len(names))) as e:
+    with pytest.raises(
+        CallbackReturnError, match=message.format(hook=hook_name, names=", ".join(names), n=len(names))
+    ) as e:
         fit_with(hook_name, hook, traced=traced)
     assert any(f"in {hook_name} of callback 'bad'" in note for note in e.value.__notes__)
 

@@ -133,7 +133,9 @@ def test_a_failing_on_exception_hides_neither_the_error_nor_the_others():
     with pytest.raises(RuntimeError, match="first") as caught:
         a_trainer.fit(a_trainer.init(batches()[0]), batches(1), 1)
     assert ("on_exception",) in log
-    assert any("on_exception of callback 'a' failed too: ValueError('second')" in note for note in caught.value.__notes__)
+    assert any(
+        "on_exception of callback 'a' failed too: ValueError('second')" in note for note in caught.value.__notes__
+    )
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5, 100, None])
@@ -163,7 +165,9 @@ def test_windows_hold_every_batch_once_and_pair_begin_with_end(every):
         assert ends == 2 * [i for i in range(8) if (i + 1) % every == 0 or i == 7]
 
 
-def by_hand(optimizer: optax.GradientTransformation, loader: Any, epochs: int, params: Any) -> tuple[Any, Any, list[Any]]:
+def by_hand(
+    optimizer: optax.GradientTransformation, loader: Any, epochs: int, params: Any
+) -> tuple[Any, Any, list[Any]]:
     """The loop that everybody writes."""
 
     @jax.jit
@@ -203,7 +207,12 @@ def identity(traced: bool, **options: Any) -> ant.Callback:
 
 @pytest.mark.parametrize(
     "callback",
-    [identity(traced=True), identity(traced=False), identity(traced=False, every=3), identity(traced=False, every=None)],
+    [
+        identity(traced=True),
+        identity(traced=False),
+        identity(traced=False, every=3),
+        identity(traced=False, every=None),
+    ],
     ids=["traced", "every=1", "every=3", "every=None"],
 )
 @pytest.mark.parametrize("fuse", [True, False])

@@ -1,0 +1,108 @@
+"""Write the training loop by hand, and measure it.
+
+    python examples/05_manual_loop.py
+
+`trainer.grad_step` and `trainer.train_step` are what `fit` is made of: pure, compiled functions of state and batch. The
+example looks at the gradients of one batch, trains with a loop of its own, and then measures a step in two ways: with a
+clock, and with JAX's profiler.
+"""
+
+import collections
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import ant_jax as ant
+
+
+class MLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(128)(x))
+        return nn.Dense(10)(x)
+
+
+def main(epochs: int = 10, timed_steps: int = 500):
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32)
+    x_train, x_val, y_train, y_val = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
+    train_loader = ant.ArrayLoader((x_train, y_train), batch_size=32)
+    val_loader = ant.ArrayLoader((x_val, y_val), batch_size=128, shuffle=False)
+    trainer = ant.Trainer(
+        MLP(),
+        optax.adam(2e-3),
+        optax.softmax_cross_entropy_with_integer_labels,
+        metrics={"accuracy": ant.metrics.accuracy},
+        callbacks=[ant.callbacks.gradient_norm(), ant.callbacks.clip_by_global_norm(1.0)],
+        progress_bar=False,
+    )
+    batch = (x_train[:32], y_train[:32])
+    state = trainer.init(batch, seed=0)
+
+    print("The gradients of one batch, which update nothing:")
+    grads, metrics = trainer.grad_step(state, batch)
+    for path, grad in jax.tree.leaves_with_path(grads):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        print(f"  {name:16} {grad.shape!s:10} norm {optax.tree.norm(grad):.3f}")
+    print(f"  loss {metrics['loss']:.3f}, norm of all {optax.tree.norm(grads):.3f}")
+
+    print("A loop by hand:")
+    accuracy = 0.0
+    for epoch in range(epochs):
+        # The logs stay on the device until somebody reads them. Read once an epoch, they do not hold up the loop.
+        logs = []
+        for batch in train_loader.batches(epoch):
+            state, step_logs = trainer.train_step(state, batch)  # with the traced callbacks: it clips, and logs the norm
+            logs.append(step_logs)
+        loss, norm = (np.mean([step_logs[name] for step_logs in logs]) for name in ("loss", "grad_norm"))
+        accuracy = trainer.evaluate(state, val_loader)["val_accuracy"]
+        print(f"  epoch {epoch}: loss {loss:.3f}, gradient norm {norm:.3f}, validation accuracy {accuracy:.2%}")
+
+    print(f"The time of {timed_steps} steps:")
+    batch = (x_train[:32], y_train[:32])
+    run_steps(trainer, state, batch, timed_steps)  # warm up: compile for this form of batch, fill the caches
+    start = time.perf_counter()
+    done = run_steps(trainer, state, batch, timed_steps)
+    launched = time.perf_counter() - start
+    jax.block_until_ready(done)
+    finished = time.perf_counter() - start
+    # JAX returns before the device is done, so a clock that does not wait measures launches, not steps.
+    print(f"  {1e6 * launched / timed_steps:.0f} us a step until all are launched")
+    print(f"  {1e6 * finished / timed_steps:.0f} us a step until all are done")
+
+    print("What the profiler saw, in us a step:")
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready(run_steps(trainer, state, batch, timed_steps))  # inside, or the end is cut off
+        for name, nanoseconds in longest_events(directory, count=6):
+            print(f"  {nanoseconds / 1e3 / timed_steps:8.1f}  {name}")
+    return accuracy
+
+
+def run_steps(trainer, state, batch, steps):
+    for _ in range(steps):
+        state, _ = trainer.train_step(state, batch)
+    return state
+
+
+def longest_events(directory: str, count: int) -> list[tuple[str, float]]:
+    """Sum the profile's events by name. (TensorBoard and Perfetto show the same file as a timeline.)"""
+    (file,) = Path(directory).rglob("*.xplane.pb")
+    totals: collections.Counter[str] = collections.Counter()
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+        for line in plane.lines:
+            print(plane.name, '|', line.name, len(list(line.events)))
+            for event in line.events:
+                totals[f"{event.name}"] += event.duration_ns
+    return totals.most_common(count)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""The arithmetic of a step: accumulation, clipping, precision, losses, and the errors of criteria and metrics."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import (
+    BATCH, CLASSES, FEATURES, LINEAR, adam, apply, assert_bit_equal, batches, cross_entropy, host, squares,
+    standard_promotion, trainer,
+)  # fmt: skip
+
+import ant_jax as ant
+
+
+def gradient_of(params: Any, inputs: Any, targets: Any) -> Any:
+    """The mean gradient over some examples, by hand."""
+    return jax.grad(lambda params: squares(apply(params, {}, inputs, None)[0], targets).mean())(params)
+
+
+def joined(parts: list[Any]) -> tuple[Any, Any]:
+    inputs, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return inputs, targets
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_window_updates_with_the_mean_over_its_examples_also_when_cut_short(fuse):
+    loader = batches(4) + batches(1, batch=3, seed=1)  # windows of 3 and of 2 batches, the last of them shorter
+    a_trainer = trainer(criterion=squares, gradient_accumulation_steps=3, fuse=fuse)
+    start = a_trainer.init(loader[0])
+    state, _ = a_trainer.fit(start, loader, 1)
+    params = start.params
+    for window in (loader[:3], loader[3:]):
+        grads = gradient_of(params, *joined(window))
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.params, params)
+    assert not state.window_open
+
+
+def test_accumulation_by_steps_divides_by_their_number_always():
+    loader = batches(5)
+    a_trainer = trainer(criterion=squares, gradient_accumulation_steps=3, accumulation_mean="steps")
+    start = a_trainer.init(loader[0])
+    state, _ = a_trainer.fit(start, loader, 1)
+    params = start.params
+    for window in (loader[:3], loader[3:]):
+        parts = [gradient_of(params, *batch) for batch in window]
+        grads = jax.tree.map(lambda *g: sum(g) / 3, *parts)  # the last window has two batches, and still
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.params, params)
+
+
+def test_on_backward_end_comes_every_batch_and_on_before_update_every_window():
+    def publish(name: str):
+        return lambda batch_idx, trainer, state, grads, logs: (state, grads, {**logs, name: optax.tree.norm(grads)})
+
+    def look(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        seen.update(logs.window)
+        return state, logs
+
+    seen: dict[str, Any] = {}
+    a_trainer = trainer(
+        host("a", on_backward_end=publish("batch_norm"), on_before_update=publish("update_norm")),
+        host("b", every=100, on_batch_end=look),
+        gradient_accumulation_steps=2,
+    )
+    _, history = a_trainer.fit(a_trainer.init(batches()[0]), batches(5), 1)
+    assert np.isfinite(seen["batch_norm"]).all()
+    assert np.isfinite(seen["update_norm"]).tolist() == [False, True, False, True, True]
+    expected = np.float32(seen["update_norm"][[1, 3, 4]]) @ np.float32([2, 2, 1]) / 5
+    np.testing.assert_allclose(history[0]["train_update_norm"], expected, rtol=1e-6)
+
+
+def test_from_optax_is_chain_bit_for_bit():
+    def noisy() -> optax.GradientTransformation:
+        return standard_promotion(
+            optax.chain(optax.clip(0.05), optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.trace(0.9))
+        )
+
+    for options in ({}, {"gradient_accumulation_steps": 2}):
+        by_callback = trainer(ant.callbacks.from_optax(noisy()), optimizer=adam(), **options)
+        by_chain = trainer(optimizer=optax.chain(noisy(), adam()), **options)
+        state, _ = by_callback.fit(by_callback.init(batches()[0]), batches(5), 2)
+        expected, _ = by_chain.fit(by_chain.init(batches()[0]), batches(5), 2)
+        assert_bit_equal(state, expected, "params")
+
+
+def test_max_grad_norm_clips_after_the_hooks():
+    blow_up = host(
+        on_before_update=lambda b, t, state, grads, logs: (state, jax.tree.map(lambda g: 1e3 * g, grads), logs)
+    )
+    a_trainer = trainer(blow_up, max_grad_norm=0.5, optimizer=optax.sgd(1.0))
+    start = a_trainer.init(batches()[0])
+    state, _ = a_trainer.fit(start, batches(1), 1)
+    moved = optax.tree.norm(optax.tree.sub(state.params, start.params))
+    np.testing.assert_allclose(moved, 0.5, rtol=1e-5)
+    by_callback = trainer(blow_up, ant.callbacks.clip_by_global_norm(0.5), optimizer=optax.sgd(1.0))
+    same, _ = by_callback.fit(by_callback.init(batches()[0]), batches(1), 1)
+    assert_bit_equal(same, state, "params")
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_low_precision_trains_in_it_and_shows_float32_to_hooks(precision):
+    seen: dict[str, Any] = {}
+
+    def model(params: Any, model_state: Any, inputs: Any, key: Any) -> Any:
+        seen["inputs"], seen["kernel"] = inputs.dtype, params["kernel"].dtype
+        return apply(params, {}, inputs, key)[0], {"mean": inputs.mean(0)}
+
+    def hook(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+        seen["grads"] = {leaf.dtype for leaf in jax.tree.leaves(grads)}
+        seen["loss"] = logs["loss"].dtype
+        return state, grads, logs
+
+    pair = (lambda key, inputs: (LINEAR[0](key, inputs)[0], {"mean": jnp.zeros(FEATURES)}), model)
+    a_trainer = trainer(host(on_backward_end=hook), model=pair, precision=precision)
+    state, history = a_trainer.fit(a_trainer.init(batches()[0]), batches(5), 3)
+    assert seen == {
+        "inputs": jnp.dtype(precision), "kernel": jnp.dtype(precision), "grads": {jnp.dtype("float32")},
+        "loss": jnp.dtype("float32"),
+    }  # fmt: skip
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.model_state))} == {jnp.dtype("float32")}
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+    exact = trainer(model=pair)
+    expected, _ = exact.fit(exact.init(batches()[0]), batches(5), 3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.02), state.params, expected.params)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_overflows_is_skipped_and_logged(accumulate):
+    rows: dict[str, Any] = {}
+
+    def look(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        rows.update(logs.window)
+        return state, logs
+
+    counter = ant.Callback(
+        name="counter",
+        init=lambda state: {"norm": 0.0},
+        on_backward_end=lambda b, t, state, grads, logs: (
+            state.with_callback_state(
+                "counter", {"norm": state.callback_states["counter"]["norm"] + optax.tree.norm(grads)}
+            ),
+            grads,
+            logs,
+        ),
+    )
+    loader = batches(4)
+    # In float16 the square of this input overflows, and with it every gradient.
+    loader[1] = (np.full_like(loader[1][0], 6e4), loader[1][1])
+    # Small losses, so that nothing else overflows at the first scale, which is 65536.
+    small = lambda outputs, targets: squares(outputs, targets) / 64  # noqa: E731
+    options: dict[str, Any] = {"criterion": small, "gradient_accumulation_steps": accumulate}
+    a_trainer = trainer(counter, host("look", every=100, on_batch_end=look), precision="float16", **options)
+    start = a_trainer.init(loader[0])
+    state, history = a_trainer.fit(start, loader, 1)
+    assert rows["step_skipped"].tolist() == [0, 1, 0, 0]
+    assert rows["loss_scale"].tolist() == [2**16, 2**16, 2**15, 2**15]
+    assert history[0]["train_step_skipped"] == 0.25
+    assert np.isfinite(history[0]["train_loss"])
+    assert np.isfinite(state.callback_states["counter"]["norm"])  # what it saw of the overflow has not stayed
+    assert int(state.step) == 4
+    # The others are trained on as if the skipped batch had not been there.
+    expected = start.params
+    for window in [[loader[0]], [loader[2]], [loader[3]]] if accumulate == 1 else [[loader[0]], loader[2:]]:
+        grads = gradient_of(expected, *joined(window))
+        expected = jax.tree.map(lambda p, g: p - 0.1 * g / 64, expected, grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), state.params, expected)
+
+
+def test_a_general_loss_trains_on_any_batch_and_knows_evaluation():
+    modes: list[bool] = []
+
+    def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+        modes.append(key is None)
+        outputs, _ = apply(params, {}, batch["x"], key)
+        losses = cross_entropy(outputs, batch["y"])
+        return losses.mean(), ({"seen": model_state["seen"] + 1}, {"worst": losses.max()})
+
+    pair = (lambda key, batch: (LINEAR[0](key, batch["x"])[0], {"seen": jnp.int32(0)}), LINEAR[1])
+    loader = [{"x": inputs, "y": targets} for inputs, targets in batches(3)]
+    a_trainer = trainer(model=pair, criterion=None, loss_fn=loss_fn)
+    state, history = a_trainer.fit(a_trainer.init(loader[0]), loader, 2, loader)
+    assert list(history[0]) == ["train_loss", "train_worst", "val_loss", "val_worst"]
+    assert int(state.model_state["seen"]) == 6
+    assert set(modes) == {True, False}
+    expected, _ = trainer().fit(trainer().init(batches()[0]), batches(3), 2)
+    assert_bit_equal(state, expected, "params")
+
+
+CRITERIA = {
+    "floats for classes": (
+        {"loader": [(b[0], b[1].astype(np.float32)) for b in batches(2)]},
+        TypeError, r"in criterion, called with outputs float32\[8,3\] and targets float32\[8\]",
+    ),
+    "one column too many": (
+        {"criterion": lambda o, t: jnp.zeros((len(o), len(o)))}, ValueError,
+        r"criterion must return one value an example, or their mean as a scalar; it returned float32\[8,8\] for outputs",
+    ),
+    "a wrong length": (
+        {"criterion": lambda o, t: jnp.zeros(3)}, ValueError, r"it returned float32\[3\]",
+    ),
+    "not an array": (
+        {"criterion": lambda o, t: None}, TypeError, "criterion must return an array, got NoneType",
+    ),
+    "a metric too": (
+        {"metrics": {"m": lambda o, t: jnp.zeros((1, 2))}}, ValueError, "metric 'm' must return one value an example",
+    ),
+    "rank of metric targets": (
+        {"metrics": {"accuracy": ant.metrics.accuracy}, "criterion": lambda o, t: jnp.mean(o),
+         "loader": [(b[0], b[1][:, None]) for b in batches(2)]},
+        ValueError, r"targets must be integer classes of shape \(8,\)(.|\n)*in metric 'accuracy'",
+    ),
+    "not a pair": (
+        {"loader": [b[0] for b in batches(2)]}, TypeError,
+        r"criterion needs batches of the form \(inputs, targets\), got float32\[8,4\]; .* loss_fn",
+    ),
+    "loss_fn without logs": (
+        {"criterion": None, "loss_fn": lambda p, s, b, k: (jnp.float32(0), s)}, TypeError,
+        r"loss_fn must return \(loss, \(model_state, logs\)\)",
+    ),
+    "loss_fn of a vector": (
+        {"criterion": None, "loss_fn": lambda p, s, b, k: (jnp.zeros(8), (s, {}))}, ValueError,
+        r"loss_fn must return a scalar loss, the mean over the batch, got float32\[8\]",
+    ),
+    "loss_fn with a reserved log": (
+        {"criterion": None, "loss_fn": lambda p, s, b, k: (jnp.float32(0), (s, {"loss": 1.0}))}, ValueError,
+        "loss_fn returned a log named 'loss', which the trainer writes itself",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CRITERIA)
+def test_a_wrong_criterion_metric_or_loss_is_explained(case, compilations):
+    options, kind, message = CRITERIA[case]
+    a_trainer = trainer(**{key: value for key, value in options.items() if key != "loader"})
+    loader = options.get("loader", batches(2))
+    state = a_trainer.init(loader[0])
+    compilations.reset()
+    with pytest.raises(kind) as caught:
+        a_trainer.fit(state, loader, 1)
+    assert re.search(message, "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])]))
+    assert compilations.count == 0  # it comes out before anything is compiled
+
+
+@pytest.mark.parametrize("criterion", [optax.l2_loss, lambda o, t: jnp.mean((o - t) ** 2)], ids=["each", "mean"])
+def test_column_and_row_are_not_broadcast_against_each_other(criterion):
+    pair = (lambda key, x: ({"w": jnp.ones((FEATURES, 1))}, {}), lambda p, s, x, key: (x @ p["w"], s))
+    loader = [(inputs, targets.astype(np.float32)) for inputs, targets in batches(2)]
+    a_trainer = trainer(model=pair, criterion=criterion)
+    with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError, match=r"float32\[8,1\] and targets float32\[8\]"):
+        a_trainer.fit(a_trainer.init(loader[0]), loader, 1)
+    columns = [(inputs, targets[:, None]) for inputs, targets in loader]
+    a_trainer.fit(a_trainer.init(columns[0]), columns, 1)
+
+
+def test_the_classes_of_the_problem():
+    assert batches()[0][0].shape == (BATCH, FEATURES)
+    assert squares(jnp.zeros((2, CLASSES)), jnp.zeros(2, int)).tolist() == [0.5, 0.5]
