@@ -1,0 +1,85 @@
+"""Imports go one way, and `import ant_jax` brings nothing heavy with it."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import ant_jax
+
+
+PACKAGE = pathlib.Path(ant_jax.__file__).parent
+
+# Bottom to top: a module may import those above its own line.
+LAYERS = [
+    {"_trees"},
+    {"_history", "_logs", "_sums", "_models", "metrics"},
+    {"_state", "data"},
+    {"_callback"},
+    {"_events", "_live"},
+    {"_step"},
+    {"_engine"},
+    {"_looks"},
+    {"callbacks._gradients", "callbacks._log_progress", "callbacks._progress_bar", "callbacks._stopping", "callbacks._weights"},
+    {"callbacks"},
+    {"_loop"},
+    {"_trainer"},
+    {""},
+]  # fmt: skip
+
+
+def name_of(path: pathlib.Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+FILES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imported_by(path: pathlib.Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ant_jax":
+            base = node.module.removeprefix("ant_jax").lstrip(".")
+            names |= {base} if base else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.split(".")[0] == "ant_jax" for alias in node.names), path
+    return names
+
+
+def test_every_module_has_its_layer():
+    assert set(FILES) == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_module_imports_only_from_layers_below_its_own(name):
+    height = {module: level for level, layer in enumerate(LAYERS) for module in layer}
+    for imported in imported_by(FILES[name]):
+        assert height[imported] < height[name], f"{name or '__init__'} imports {imported}"
+
+
+def test_callbacks_know_neither_trainer_nor_engine():
+    for name, path in FILES.items():
+        if name.startswith("callbacks"):
+            assert all(i in {"_callback", "_history"} or i.startswith("callbacks.") for i in imported_by(path)), name
+
+
+def test_no_private_jax():
+    for path in FILES.values():
+        assert "jax._src" not in path.read_text()
+
+
+def test_importing_the_package_brings_nothing_heavy_with_it():
+    heavy = ["orbax", "torch", "matplotlib", "tensorboard", "wandb", "sklearn", "flax.nnx.nn", "tqdm.auto", "grain"]
+    code = (
+        "import sys, jax, flax, optax; before = set(sys.modules); import ant_jax; "
+        f"print([m for m in {heavy} if m in sys.modules and m not in before])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_package_has_a_version():
+    assert ant_jax.__version__.count(".") >= 2

@@ -1,0 +1,204 @@
+"""The trainer's arguments and methods, by hand and in fit."""
+
+import copy
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import (
+    BATCH, CLASSES, LINEAR, adam, apply, assert_bit_equal, batches, cross_entropy, data, host, leaves_of, trainer,
+)  # fmt: skip
+
+import ant_jax as ant
+from ant_jax import StateMismatch
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"criterion": None}, TypeError, "either criterion"),
+        ({"loss_fn": lambda *a: None}, TypeError, "either criterion"),
+        ({"criterion": 3}, TypeError, "criterion must be a function, got 3"),
+        ({"optimizer": "adam"}, TypeError, "optimizer must be an optax.GradientTransformation, got 'adam'"),
+        ({"metrics": {"loss": cross_entropy}}, ValueError, "a metric cannot be named 'loss'"),
+        ({"metrics": {"batch_size": cross_entropy}}, ValueError, "a metric cannot be named 'batch_size'"),
+        ({"metrics": {"m": 3}}, TypeError, "metric 'm' must be a function"),
+        ({"criterion": None, "loss_fn": cross_entropy, "metrics": {"m": cross_entropy}}, TypeError, "need a criterion"),
+        (
+            {"gradient_accumulation_steps": 0},
+            ValueError,
+            "gradient_accumulation_steps must be a positive whole number, got 0",
+        ),
+        ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm must be positive or None, got -1.0"),
+        (
+            {"precision": "float64"},
+            ValueError,
+            "precision must be one of 'float32', 'bfloat16', 'float16', got 'float64'",
+        ),
+        ({"accumulation_mean": "batches"}, ValueError, "accumulation_mean must be one of 'examples', 'steps'"),
+        ({"fuse": "never"}, ValueError, "fuse must be one of 'auto', True, False, got 'never'"),
+    ],
+)
+def test_bad_arguments(options, kind, message):
+    with pytest.raises(kind, match=message):
+        trainer(**options)
+
+
+def test_duplicate_names_and_the_progress_bar():
+    with pytest.raises(ValueError, match="two callbacks are named 'ema'"):
+        trainer(ant.callbacks.ema(), ant.callbacks.ema())
+    names = lambda *callbacks: [c.name for c in trainer(*callbacks, progress_bar=True)._events.callbacks]  # noqa: E731
+    assert names() == ["progress_bar"]
+    assert names(ant.callbacks.progress_bar(), host("a")) == ["progress_bar", "a"]  # not a second one
+
+
+def test_a_trainer_is_immutable_and_its_callers_list_is_its_own():
+    callbacks = [host("a")]
+    a_trainer = ant.Trainer(LINEAR, optax.sgd(0.1), cross_entropy, callbacks=callbacks, progress_bar=False)
+    callbacks.append(host("b"))
+    assert [callback.name for callback in a_trainer._events.callbacks] == ["a"]
+    with pytest.raises(AttributeError):
+        a_trainer.fuse = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"num_epochs": 0}, "num_epochs must be a positive whole number, got 0"),
+     ({"num_epochs": 2.5}, "got 2.5"),
+     ({"num_epochs": 1, "steps_per_epoch": -1}, "steps_per_epoch must be a positive whole number, got -1")],
+)  # fmt: skip
+def test_bad_counts(arguments, message):
+    a_trainer = trainer()
+    with pytest.raises(ValueError, match=message):
+        a_trainer.fit(a_trainer.init(batches()[0]), batches(), **arguments)
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "optimizer": ({"optimizer": adam()}, "opt_state does not fit this trainer's optimizer"),
+    "window": (
+        {"gradient_accumulation_steps": 2},
+        "accumulator does not fit this trainer's gradient_accumulation_steps",
+    ),
+    "precision": ({"precision": "float16"}, "loss_scale does not fit this trainer's precision"),
+    "callbacks": ({"callbacks": [ant.callbacks.ema()]}, r"memories of callbacks \['ema'\], and those of this trainer"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_the_state_of_another_trainer_is_refused(case):
+    options, message = OTHERS[case]
+    state = trainer(*options.pop("callbacks", []), **options).init(batches()[0])
+    for use in ("fit", "evaluate", "predict", "train_step", "grad_step"):
+        arguments = {"fit": (batches(), 1), "evaluate": (batches(),), "predict": (batches()[0][0],)}
+        with pytest.raises(StateMismatch, match=message):
+            getattr(trainer(), use)(state, *arguments.get(use, (batches()[0],)))
+    with pytest.raises(TypeError, match="state must be a TrainState, as trainer.init returns it, got 3"):
+        trainer().fit(3, batches(), 1)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_state_of_another_model_is_refused():
+    narrow = [(inputs[:, :2], targets) for inputs, targets in batches()]
+    a_trainer = trainer()
+    state = a_trainer.init(narrow[0])
+    with pytest.raises(
+        StateMismatch, match=r"params does not fit(.|\n)*kernel: expected float32\[4,3\], got float32\[2,3\]"
+    ):
+        a_trainer.fit(state, batches(), 1)
+    with pytest.raises(StateMismatch, match=r"params does not fit the model(.|\n)*bias: missing"):
+        a_trainer.init(batches()[0], params={"kernel": jnp.zeros((4, 3))})
+
+
+def test_init_takes_parameters_and_a_seed():
+    a_trainer = trainer(ant.callbacks.ema())
+    one, same, other = (a_trainer.init(batches()[0], seed=seed) for seed in (1, 1, 2))
+    assert_bit_equal(one, same)
+    assert not np.array_equal(one.params["kernel"], other.params["kernel"])
+    given = a_trainer.init(batches()[0], seed=1, params=other.params)
+    assert_bit_equal(given, other, "params", "callback_states")
+    assert jnp.issubdtype(one.key.dtype, jax.dtypes.prng_key)
+
+
+def test_evaluate_is_the_mean_over_examples_and_runs_its_hooks():
+    log: list[str] = []
+
+    def hook(name: str):
+        return lambda trainer, state, logs: log.append(name) or (state, {**logs, "seen": 1})
+
+    callback = host(on_evaluate_begin=hook("begin"), on_evaluate_end=hook("end"))
+    for fuse in (True, False):
+        a_trainer = trainer(callback, metrics={"accuracy": ant.metrics.accuracy}, fuse=fuse)
+        inputs, targets = data(19)
+        state = a_trainer.init((inputs, targets))
+        logs = a_trainer.evaluate(state, ant.ArrayLoader((inputs, targets), BATCH))
+        outputs = a_trainer.predict(state, inputs)
+        assert list(logs) == ["seen", "val_loss", "val_accuracy"]
+        np.testing.assert_allclose(logs["val_loss"], cross_entropy(outputs, targets).mean(), rtol=1e-6)
+        np.testing.assert_allclose(logs["val_accuracy"], (outputs.argmax(-1) == targets).mean(), rtol=1e-6)
+        assert all(type(value) in (float, int) for value in logs.values())
+    assert log == ["begin", "end"] * 2
+
+
+def test_predict():
+    a_trainer = trainer(precision="bfloat16")
+    state = a_trainer.init(batches()[0])
+    inputs, _ = data(21)
+    outputs = a_trainer.predict(state, inputs, batch_size=8)
+    assert (outputs.shape, outputs.dtype) == ((21, CLASSES), jnp.float32)
+    np.testing.assert_allclose(outputs, apply(state.params, {}, inputs, None)[0], atol=0.05)
+    np.testing.assert_array_equal(outputs, a_trainer.predict(state, inputs))
+    with pytest.raises(ValueError, match="predict: there are no examples in inputs of"):
+        a_trainer.predict(state, inputs[:0])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_train_step_by_hand_is_fit(accumulate):
+    callbacks = [ant.callbacks.clip_by_global_norm(0.1), ant.callbacks.ema(0.9), ant.callbacks.gradient_norm()]
+    a_trainer = trainer(*callbacks, optimizer=adam(), gradient_accumulation_steps=accumulate)
+    start = a_trainer.init(batches()[0])
+    before = leaves_of(start)
+    expected, history = a_trainer.fit(start, batches(4), 1)
+    state, losses = start, []
+    for batch in batches(4):
+        state, logs = a_trainer.train_step(state, batch)
+        losses.append(logs["loss"])
+    assert set(logs) == {"batch_size", "loss", "grad_norm"}
+    assert_bit_equal(state, expected)
+    assert state.batch_idx == 4
+    np.testing.assert_allclose(np.mean(losses), history[0]["train_loss"], rtol=1e-6)
+    for old, new in zip(before, leaves_of(start), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_grad_step_is_the_plain_gradient():
+    double = host(on_backward_end=lambda b, t, state, grads, logs: (state, jax.tree.map(lambda g: 2 * g, grads), logs))
+    for precision in ("float32", "float16"):
+        a_trainer = trainer(double, metrics={"accuracy": ant.metrics.accuracy}, precision=precision)
+        state = a_trainer.init(batches()[0])
+        grads, logs = a_trainer.grad_step(state, batches()[0])
+        expected = jax.grad(lambda p: cross_entropy(apply(p, {}, batches()[0][0], None)[0], batches()[0][1]).mean())(
+            state.params
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), grads, expected)
+        assert {"loss", "accuracy"} <= set(logs)
+        assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+
+
+def test_a_state_is_a_pytree_that_users_may_jit_map_and_copy():
+    a_trainer = trainer(ant.callbacks.ema())
+    state, _ = a_trainer.fit(a_trainer.init(batches()[0]), batches(), 2)
+    norm = jax.jit(lambda state: optax.tree.norm(state.params))
+    np.testing.assert_allclose(norm(state), optax.tree.norm(state.params))
+    mapped = jax.tree.map(lambda leaf: leaf, state)
+    assert (mapped.epoch, mapped.history) == (2, state.history)
+    assert_bit_equal(copy.deepcopy(state), state)
+    assert state.replace(step=state.step + 1).epoch == 2
+
+
+def test_the_example_batch_may_have_another_size():
+    a_trainer = trainer()
+    state = a_trainer.init(tuple(part[:1] for part in batches()[0]))
+    a_trainer.fit(state, batches(), 1)
+    assert state.batch_idx == 0
