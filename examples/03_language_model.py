@@ -5,7 +5,7 @@
 A small causal transformer reads bytes and predicts the next one. The example shows a general `loss_fn` in place of a
 criterion, an endless stream of random windows with `steps_per_epoch`, bfloat16 arithmetic with float32 parameters,
 gradient accumulation, and a learning-rate schedule from optax. It prints the bits per byte on held-out files before and
-after training: a byte drawn at random takes 8.
+after training; to guess all bytes alike costs 8.
 """
 
 import sysconfig
@@ -74,10 +74,9 @@ def main(epochs: int = 5, steps_per_epoch: int = 100, context: int = 64, batch_s
     model = Transformer(context)
 
     def loss_fn(params, model_state, batch, key):
-        logits = model.apply({"params": params}, batch)
-        # The cross-entropy is summed in float32: bfloat16 has three significant digits.
-        logits = logits[:, :-1].astype(jnp.float32)
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+        # The model computes in bfloat16, which has no more than three digits: too few for the sums of a cross-entropy.
+        logits = jnp.asarray(model.apply({"params": params}, batch), jnp.float32)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch[:, 1:]).mean()
         return nats, (model_state, {"bits_per_byte": nats / jnp.log(2.0)})
 
     accumulation = 2

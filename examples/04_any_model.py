@@ -2,7 +2,7 @@
 
     python examples/04_any_model.py
 
-A trainer takes each of the three as it is. Callbacks see parameters and gradients only as pytrees, so they need not know
+A trainer takes each of the three as it is. Callbacks see parameters and gradients as pytrees, so they need not know
 which kind of model made them. Dropout and batch norm change by themselves between training and evaluation.
 """
 

@@ -59,7 +59,7 @@ def main(epochs: int = 10, timed_epochs: int = 20):
         # The logs stay on the device until somebody reads them. Read once an epoch, they do not hold up the loop.
         logs = []
         for batch in train_loader.batches(epoch):
-            state, step_logs = trainer.train_step(state, batch)  # with the traced callbacks: it clips, and logs the norm
+            state, step_logs = trainer.train_step(state, batch)  # the traced callbacks are in it, clipping for one
             logs.append(step_logs)
         loss, norm = (np.mean([step_logs[name] for step_logs in logs]) for name in ("loss", "grad_norm"))
         accuracy = trainer.evaluate(state, val_loader)["val_accuracy"]
@@ -98,7 +98,7 @@ def seconds(train) -> float:
     return time.perf_counter() - start
 
 
-def longest_operations(directory: str, count: int) -> list[tuple[str, float]]:
+def longest_operations(directory: str, count: int) -> list[tuple[str, int]]:
     """Sum the times of XLA's operations in a profile. (TensorBoard and Perfetto show the same file as a timeline.)"""
     (file,) = Path(directory).rglob("*.xplane.pb")
     totals: collections.Counter[str] = collections.Counter()
@@ -106,7 +106,7 @@ def longest_operations(directory: str, count: int) -> list[tuple[str, float]]:
         for line in plane.lines:
             for event in line.events:
                 if "hlo_op" in dict(event.stats):
-                    totals[event.name] += event.duration_ns
+                    totals[event.name] += round(event.duration_ns)
     return totals.most_common(count)
 
 

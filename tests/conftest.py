@@ -16,9 +16,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 _compilations: list[str] = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, seconds, **_: _compilations.append(event) if event.endswith("backend_compile_duration") else None
-)
+
+
+def _count(event: str, duration_secs: float, **_: str | int) -> None:
+    if event.endswith("backend_compile_duration"):
+        _compilations.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 class Compilations:

@@ -40,9 +40,9 @@ cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 def standard_promotion(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
     """Let optax promote dtypes as it likes: its Adam is not written for strict promotion, which the tests run under."""
 
-    def update(*arguments: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         with jax.numpy_dtype_promotion("standard"):
-            return transformation.update(*arguments)
+            return transformation.update(updates, state, params)
 
     return optax.GradientTransformation(transformation.init, update)
 

@@ -12,7 +12,7 @@ from ant_jax._callback import checked, hooks_of
 @dataclasses.dataclass(frozen=True)
 class Patience(ant.Callback):
     patience: int = 5
-    every: int = 10
+    every: int | None = 10
 
     def on_epoch_end(self, epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         return state, logs
@@ -58,7 +58,7 @@ def test_a_misspelt_hook_raises_when_the_callback_is_made():
 def test_a_callback_cannot_change():
     callback = ant.Callback(name="fixed")
     with pytest.raises(TypeError, match=r"callback 'fixed' cannot change .* state.callback_states\['fixed'\]"):
-        callback.wait = 1  # pyright: ignore[reportAttributeAccessIssue]
+        callback.wait = 1
 
     class Mutable(ant.Callback):
         def __init__(self):

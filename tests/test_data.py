@@ -42,7 +42,7 @@ def test_array_loader_chunks_are_its_batches(drop_last, start):
         assert [chunk.last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
         assert sum(chunk.filled for chunk in chunks) == len(expected)
         unstacked = [
-            jax.tree.map(lambda leaf, row=row: leaf[row] if rows else leaf, chunk.batches)
+            jax.tree.map(lambda leaf, row=row, stacked=rows is not None: leaf[row] if stacked else leaf, chunk.batches)
             for chunk in chunks
             for row in range(chunk.filled)
         ]

@@ -29,9 +29,9 @@ def fit_with(hook_name: str, hook: Any, *, traced: bool = False, init: Any = Non
 
 
 BAD = {
-    "none": (lambda state, rest, logs: None, "{hook} returned None instead of {names}; did you forget `return {names}`"),
+    "none": (lambda state, rest, logs: None, "{hook} returned None instead of {names}; did you forget `return"),
     "state alone": (lambda state, rest, logs: state, "{hook} returned state instead of the {n} values {names}"),
-    "swapped": (lambda state, rest, logs: (logs, *rest, state), r"{hook} returned \(logs.*\) where \({names}\) belongs"),
+    "swapped": (lambda state, rest, logs: (logs, *rest, state), r"{hook} returned \(logs.*\) where \({names}\)"),
     "too many": (lambda state, rest, logs: (state, *rest, logs, 1), "values instead of the {n} values {names}"),
     "dropped log": (lambda state, rest, logs: (state, *rest, {}), "{hook} dropped the log '.*'; to publish a value"),
     "text": (lambda state, rest, logs: (state, *rest, {**logs, "a": "b"}), "{hook} published the log 'a' as str"),

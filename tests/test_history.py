@@ -33,6 +33,7 @@ def test_no_one_can_change_it():
 
 def test_plot():
     import matplotlib
+    from matplotlib import pyplot
 
     matplotlib.use("agg")
     history = History([{"a": 1.0, "b": 2.0, "v": np.zeros(3)}, {"a": 0.5, "b": 1.0, "v": np.zeros(3)}])
@@ -42,7 +43,7 @@ def test_plot():
     assert len(ax.lines) == 3
     with pytest.raises(KeyError, match="no scalar named 'c'; there are a, b"):
         history.plot("c")
-    matplotlib.pyplot.close("all")
+    pyplot.close("all")
 
 
 def test_repr_of_arrays_and_of_nothing():

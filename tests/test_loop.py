@@ -158,7 +158,7 @@ def test_windows_hold_every_batch_once_and_pair_begin_with_end(every):
     rare.fit(rare.init(batches()[0]), loader, 2)
     each = trainer(host("note", on_batch_end=note))
     each.fit(each.init(batches()[0]), loader, 2)
-    np.testing.assert_array_equal(np.float32(seen), np.float32(whole))
+    np.testing.assert_array_equal(np.array(seen, np.float32), np.array(whole, np.float32))
     assert GRAMMAR.fullmatch(spelled(log))
     if every:
         ends = [i for name, *lead in log if name == "on_batch_end" for i in lead]

@@ -9,8 +9,19 @@ import numpy as np
 import optax
 import pytest
 from problems import (
-    BATCH, CLASSES, FEATURES, LINEAR, adam, apply, assert_bit_equal, batches, cross_entropy, host, squares,
-    standard_promotion, trainer,
+    BATCH,
+    CLASSES,
+    FEATURES,
+    LINEAR,
+    adam,
+    apply,
+    assert_bit_equal,
+    batches,
+    cross_entropy,
+    host,
+    squares,
+    standard_promotion,
+    trainer,
 )  # fmt: skip
 
 import ant_jax as ant
@@ -70,7 +81,7 @@ def test_on_backward_end_comes_every_batch_and_on_before_update_every_window():
     _, history = a_trainer.fit(a_trainer.init(batches()[0]), batches(5), 1)
     assert np.isfinite(seen["batch_norm"]).all()
     assert np.isfinite(seen["update_norm"]).tolist() == [False, True, False, True, True]
-    expected = np.float32(seen["update_norm"][[1, 3, 4]]) @ np.float32([2, 2, 1]) / 5
+    expected = np.average(seen["update_norm"][[1, 3, 4]], weights=[2, 2, 1])
     np.testing.assert_allclose(history[0]["train_update_norm"], expected, rtol=1e-6)
 
 
@@ -198,7 +209,7 @@ CRITERIA = {
     ),
     "one column too many": (
         {"criterion": lambda o, t: jnp.zeros((len(o), len(o)))}, ValueError,
-        r"criterion must return one value an example, or their mean as a scalar; it returned float32\[8,8\] for outputs",
+        r"criterion must return one value an example, or their mean as a scalar; it returned float32\[8,8\] for",
     ),
     "a wrong length": (
         {"criterion": lambda o, t: jnp.zeros(3)}, ValueError, r"it returned float32\[3\]",

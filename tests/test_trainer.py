@@ -9,7 +9,18 @@ import numpy as np
 import optax
 import pytest
 from problems import (
-    BATCH, CLASSES, LINEAR, adam, apply, assert_bit_equal, batches, cross_entropy, data, host, leaves_of, trainer,
+    BATCH,
+    CLASSES,
+    LINEAR,
+    adam,
+    apply,
+    assert_bit_equal,
+    batches,
+    cross_entropy,
+    data,
+    host,
+    leaves_of,
+    trainer,
 )  # fmt: skip
 
 import ant_jax as ant
@@ -164,7 +175,7 @@ def test_train_step_by_hand_is_fit(accumulate):
     for batch in batches(4):
         state, logs = a_trainer.train_step(state, batch)
         losses.append(logs["loss"])
-    assert set(logs) == {"batch_size", "loss", "grad_norm"}
+        assert set(logs) == {"batch_size", "loss", "grad_norm"}
     assert_bit_equal(state, expected)
     assert state.batch_idx == 4
     np.testing.assert_allclose(np.mean(losses), history[0]["train_loss"], rtol=1e-6)

@@ -19,7 +19,7 @@ _LATE_SECONDS = 0.1
 def log_progress(
     every: int = 100,
     *,
-    printer: Callable[[str], None] | None = None,
+    printer: Callable[[str], Any] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     name: str = "log_progress",
 ) -> Callback:

@@ -1,0 +1,34 @@
+"""What the README shows runs as it stands."""
+
+import pathlib
+import re
+from typing import Any
+
+import jax
+import pytest
+from problems import batches, trainer
+
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_example_and_the_ported_callback_run(capsys):
+    names: dict[str, Any] = {"__name__": "readme"}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in BLOCKS:
+            exec(compile(block, "README.md", "exec"), names)
+        a_trainer = trainer(names["GradNoise"](scale=0.1))
+        state, _ = a_trainer.fit(a_trainer.init(batches()[0]), batches(), 1)
+    assert float(state.callback_states["grad_noise"]["count"]) == len(batches())
+    assert names["history"][-1]["val_accuracy"] > 0.9
+    assert "val_accuracy" in capsys.readouterr().out
+
+
+def test_the_first_example_is_about_fifteen_lines():
+    assert sum(bool(line.strip()) for line in BLOCKS[0].splitlines()) <= 18
+
+
+@pytest.mark.parametrize("command", ['pip install ".[examples]" && python examples/01_digits.py', "pytest"])
+def test_the_two_commands_are_there(command):
+    assert re.search(rf"^.*{re.escape(command)}$", README, re.MULTILINE)
