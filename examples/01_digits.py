@@ -46,7 +46,7 @@ def main(epochs: int = 60, goal: float = 0.97):
     print(history)
 
     accuracy = trainer.evaluate(state, val_loader)["val_accuracy"]
-    print(f"validation accuracy after {state.epoch} epochs: {accuracy:.2%}")
+    print(f"validation accuracy {accuracy:.2%} after {state.epoch} of at most {epochs} epochs")
     if accuracy < goal:
         raise SystemExit(f"that is below the goal of {goal:.0%}")
     return history

@@ -25,6 +25,8 @@ import ant_jax as ant
 
 
 # --- 1. One callback, two styles: hold one layer still for the first steps, as fine-tuning often does
+#
+# (Gradients that are zero from the first step on keep Adam's updates at zero; weight decay would move the layer still.)
 
 
 def freeze(layer: str, steps: int) -> ant.Callback:
@@ -64,7 +66,7 @@ def auto_clip(percentile: float = 25.0, window: int = 128, name: str = "auto_cli
         norm = optax.tree.norm(grads)
         norms = state.callback_states[name].at[state.step % window].set(norm)
         threshold = jnp.nanpercentile(norms, percentile)
-        factor = jnp.minimum(1.0, threshold / norm)
+        factor = jnp.minimum(1.0, threshold / jnp.maximum(norm, 1e-12))
         grads = jax.tree.map(lambda grad: factor * grad, grads)
         return state.with_callback_state(name, norms), grads, {**logs, "clipped_to": threshold}
 

@@ -66,7 +66,7 @@ def random_windows(text: np.ndarray, context: int, batch_size: int, seed: int = 
         yield text[starts[:, None] + np.arange(context)]
 
 
-def main(epochs: int = 5, steps_per_epoch: int = 100, context: int = 64, batch_size: int = 16, val_windows: int = 512):
+def main(epochs: int = 4, steps_per_epoch: int = 100, context: int = 64, batch_size: int = 16, val_windows: int = 512):
     train_text, val_text = read_library()
     starts = np.linspace(0, len(val_text) - context, val_windows).astype(int)  # spread over all held-out files
     val_loader = ant.ArrayLoader(val_text[starts[:, None] + np.arange(context)], batch_size=64, shuffle=False)

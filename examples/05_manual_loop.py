@@ -61,14 +61,17 @@ def main(epochs: int = 10, timed_epochs: int = 20):
         for batch in train_loader.batches(epoch):
             state, step_logs = trainer.train_step(state, batch)  # the traced callbacks are in it, clipping for one
             logs.append(step_logs)
-        loss, norm = (np.mean([step_logs[name] for step_logs in logs]) for name in ("loss", "grad_norm"))
+        sizes = [step_logs["batch_size"] for step_logs in logs]  # the last batch is smaller than the others
+        loss, norm = (
+            np.average([step_logs[name] for step_logs in logs], weights=sizes) for name in ("loss", "grad_norm")
+        )
         accuracy = trainer.evaluate(state, val_loader)["val_accuracy"]
         print(f"  epoch {epoch}: loss {loss:.3f}, gradient norm {norm:.3f}, validation accuracy {accuracy:.2%}")
 
     steps = timed_epochs * len(train_loader)
     by_hand = seconds(lambda: train_by_hand(trainer, fresh, train_loader, timed_epochs))
     by_fit = seconds(lambda: trainer.fit(fresh, train_loader, timed_epochs))
-    print(f"A step takes {1e6 * by_hand / steps:.0f} us by hand, where each is launched by itself,")
+    print(f"A step takes {1e6 * by_hand / steps:.0f} us by hand, where Python launches each by itself,")
     print(f"and {1e6 * by_fit / steps:.0f} us in fit, which launches many at once.")
 
     print("The operations in which the device spent most time, in us a step:")
