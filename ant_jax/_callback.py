@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Never
@@ -90,7 +91,7 @@ class Callback:
     >>> Callback(name="typo", on_epoch_edn=print)
     Traceback (most recent call last):
     ...
-    TypeError: Callback 'typo' has no hook named 'on_epoch_edn'; did you mean 'on_epoch_end'?
+    TypeError: Callback 'typo' has no hook or argument named 'on_epoch_edn'; did you mean 'on_epoch_end'?
     """
 
     name: str = ""
@@ -117,25 +118,13 @@ class Callback:
         on_exception: HookFn | None = None,
         **misspelt: Never,
     ):
-        _refuse_misspelt(f"Callback {name!r}", misspelt)
-        hooks = {
-            "on_train_begin": on_train_begin,
-            "on_epoch_begin": on_epoch_begin,
-            "on_batch_begin": on_batch_begin,
-            "on_backward_end": on_backward_end,
-            "on_before_update": on_before_update,
-            "on_batch_end": on_batch_end,
-            "on_evaluate_begin": on_evaluate_begin,
-            "on_evaluate_end": on_evaluate_end,
-            "on_epoch_end": on_epoch_end,
-            "on_train_end": on_train_end,
-            "on_exception": on_exception,
-        }
-        given = {hook: function for hook, function in hooks.items() if function is not None}
-        given |= {"name": name} if name else {}
-        given |= {"init": init} if init is not None else {}
+        arguments = locals()
+        if misspelt:
+            raise _misspelt(f"Callback {name!r}", next(iter(misspelt)), ("name", "init", "traced", "every", *HOOKS))
+        given = {"name": name or self.name, "init": init, **{hook: arguments[hook] for hook in HOOKS}}
         for attribute, value in {"traced": traced, "every": every, **given}.items():
-            object.__setattr__(self, attribute, value)
+            if value is not None or attribute == "every":
+                object.__setattr__(self, attribute, value)
         _check(self)
 
     def init(self, state: Any) -> Any:
@@ -144,7 +133,9 @@ class Callback:
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        _refuse_misspelt(f"class {cls.__name__}", vars(cls))
+        for attribute in vars(cls):
+            if re.match("on[_A-Z]", attribute) and attribute not in HOOKS:
+                raise _misspelt(f"class {cls.__name__}", attribute, tuple(HOOKS))
         if "name" not in vars(cls):
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
 
@@ -175,6 +166,8 @@ def checked(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
         TypeError: something that is not a ``Callback``, or a broken one.
         ValueError: a name used twice, or a bad ``every``.
     """
+    if isinstance(callbacks, Callback):
+        raise TypeError(f"callbacks must be a sequence; write callbacks=[...] around {callbacks!r}")
     callbacks = tuple(callbacks)
     names: set[str] = set()
     for position, callback in enumerate(callbacks):
@@ -197,6 +190,7 @@ def _check(callback: Callback) -> None:
     for hook, function in hooks_of(callback).items():
         if not callable(function):
             raise TypeError(f"callback {callback.name!r}: {hook} must be a function, got {function!r}")
+        _check_parameters(callback, hook, function)
     every = callback.every
     if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise ValueError(f"callback {callback.name!r}: every must be a whole number of batches or None, got {every!r}")
@@ -206,10 +200,24 @@ def _check(callback: Callback) -> None:
         )
 
 
-def _refuse_misspelt(owner: str, attributes: Iterable[str]) -> None:
-    for name in attributes:
-        if name in HOOKS or not name.startswith("on_") and not owner.startswith("Callback "):
-            continue
-        near = difflib.get_close_matches(name, HOOKS, n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else f"the hooks are {', '.join(HOOKS)}"
-        raise TypeError(f"{owner} has no hook named {name!r}; {remedy}")
+def _check_parameters(callback: Callback, hook: str, function: HookFn) -> None:
+    lead = HOOKS[hook].lead
+    arguments = (*([lead] if lead else []), "trainer", *HOOKS[hook].values)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a function that does not tell
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        raise TypeError(
+            f"callback {callback.name!r}: {hook} is called with ({', '.join(arguments)}), and cannot be: it takes "
+            f"{signature}"
+        ) from None
+
+
+def _misspelt(owner: str, name: str, known: tuple[str, ...]) -> TypeError:
+    snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    near = difflib.get_close_matches(snake_case, known, n=1)
+    remedy = f"did you mean {near[0]!r}?" if near else f"the hooks are {', '.join(HOOKS)}"
+    return TypeError(f"{owner} has no hook or argument named {name!r}; {remedy}")

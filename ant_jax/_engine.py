@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ant_jax._interrupt import LaunchGuard
 from ant_jax._live import DevicePart, Live, device_part
-from ant_jax._models import PureModel
+from ant_jax._models import PureModel, initialized
 from ant_jax._state import TrainState, refuse_mismatch
 from ant_jax._step import Step
 from ant_jax._sums import LogSums, PackedLogs, pack, zero_sums
@@ -71,7 +72,7 @@ class Cursor:
 
     def __init__(self, chunk: Chunk, batch_idx: int):
         self.chunk, self.row, self._first = chunk, 0, batch_idx
-        self.offset = _scalar(batch_idx)
+        self.offset = scalar(batch_idx)
 
     @property
     def batch_idx(self) -> int:
@@ -89,9 +90,11 @@ class TrainProgram:
 
     Args:
         step: what to compile.
-        live: a state that it will run on.
+        part: of a state that it will run on, without sums.
+        key: that state's.
         batch: a batch like those to come.
         fuse: whether many steps run in one launch; ``"auto"``: by ``slow_in_loops``.
+        guard: holds Ctrl-C back during a launch.
 
     Attributes:
         single: ``step.train_step``, compiled, leaving its arguments intact.
@@ -99,13 +102,12 @@ class TrainProgram:
         may_stop: whether a traced hook can end a launch early.
         fused: see ``fuse``.
         pace: how many steps a launch should have.
-        zero_sums: returns the sums of an epoch that begins.
+        begin_epoch: returns the sums and, made of any, the accumulation window that an epoch begins with.
     """
 
-    def __init__(self, step: Step, live: Live, batch: PyTree, fuse: Fuse):
+    def __init__(self, step: Step, part: DevicePart, key: jax.Array, batch: PyTree, fuse: Fuse, guard: LaunchGuard):
         self.single = jax.jit(step.train_step)
-        part = live.part()._replace(log_sums=None)
-        state, batch = _avals(part.state(live.key)), _avals(batch)
+        state, batch = _avals(part.state(key)), _avals(batch)
         # The one time that the step is traced: the programs below call `single`, and meet the trace in jit's cache.
         traced = self.single.trace(state, batch, _aval(jnp.int32), _aval(jnp.bool_))
         self.logs: dict[str, jax.ShapeDtypeStruct] = traced.out_info.logs
@@ -113,11 +115,11 @@ class TrainProgram:
         self.fused = _is_fused(fuse, traced.jaxpr)
         self.pace = Pace()
         self._structure = jax.tree.structure(part._replace(log_sums=zero_sums(self.logs)))
-        self._key_impl = jax.random.key_impl(live.key)
-        self._needs_last = step.accumulation_steps > 1
+        self._key_impl = jax.random.key_impl(key)
+        self._window_steps, self._guard = step.accumulation_steps, guard
         self._one = jax.jit(self._run_alone, donate_argnums=0)
         self._many = jax.jit(self._run_many, donate_argnums=0)
-        self.zero_sums = jax.jit(lambda: zero_sums(self.logs))
+        self.begin_epoch = jax.jit(lambda window: (zero_sums(self.logs), jax.tree.map(jnp.zeros_like, window)))
 
     def launch(self, live: Live, cursor: Cursor, count: int) -> Launch:
         """Train on the next ``count`` batches of the cursor's chunk, and move the cursor on.
@@ -125,22 +127,21 @@ class TrainProgram:
         Does not wait for the device, unless a traced hook can end the launch early.
         """
         chunk, start = cursor.chunk, cursor.row
-        ends = chunk.last and self._needs_last
+        ends = chunk.last and self._window_steps > 1
         if not self.fused:
-            leaves, stop, latest = self._one(live.take(), live.key_data, chunk.batches, cursor.offset, _scalar(ends))
+            ends = scalar(ends)
+            with self._guard:
+                leaves, stop, latest = self._one(live.take(), live.key_data, chunk.batches, cursor.offset, ends)
+                live.give(leaves)
             launch = Launch(1, latest, None, 0)
         else:
-            leaves, stop, done, latest, rows = self._many(
-                live.take(),
-                live.key_data,
-                chunk.batches,
-                cursor.offset,
-                _scalar(start),
-                _scalar(start + count),
-                _scalar(chunk.filled - 1 if ends else -1),
-            )
-            launch = Launch(count if done is None else int(done) - start, latest, rows, start)
-        live.give(leaves)
+            rows = scalar(start), scalar(start + count), scalar(chunk.filled - 1 if ends else -1)
+            with self._guard:
+                leaves, stop, done, latest, logs = self._many(
+                    live.take(), live.key_data, chunk.batches, cursor.offset, *rows
+                )
+                live.give(leaves)
+            launch = Launch(count if done is None else int(done) - start, latest, logs, start)
         if stop is not None:
             live.stop = live.stop or bool(stop)
         cursor.row += launch.steps
@@ -169,12 +170,16 @@ class TrainProgram:
 
         def goes_on(carry: tuple[Any, ...]) -> Any:
             _, stop, row, _, _ = carry
-            return row < end if stop is None else (row < end) & ~stop
+            if stop is None:
+                return row < end
+            # An accumulation window that is open is finished first.
+            return (row < end) & ~(stop & ((offset + row) % self._window_steps == 0))
 
         def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            leaves, _, row, _, buffers = carry
+            leaves, asked, row, _, buffers = carry
             batch = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, row, keepdims=False), batches)
             leaves, stop, latest = self._run_one(leaves, key_data, batch, offset + row, row == last_row)
+            stop = None if asked is None else stop | asked
             buffers = jax.tree.map(lambda buffer, log: buffer.at[row].set(log), buffers, latest)
             return leaves, stop, row + 1, latest, buffers
 
@@ -184,26 +189,28 @@ class TrainProgram:
 
 
 class EvaluationProgram:
-    """The compiled evaluation for batches of one form; arguments as those of ``TrainProgram``."""
+    """The compiled evaluation for batches of one form; arguments as those of ``TrainProgram``.
+
+    Attributes:
+        fused: whether all batches of a chunk run in one launch.
+        zero_sums: returns the sums of no batch.
+    """
 
     def __init__(self, step: Step, params: PyTree, model_state: PyTree, batch: Any, fuse: Fuse):
         self._step = jax.jit(step.evaluation_step)
         traced = self._step.trace(_avals(params), _avals(model_state), _avals(batch))
         self._logs: dict[str, jax.ShapeDtypeStruct] = traced.out_info
         self.fused = _is_fused(fuse, traced.jaxpr)
+        self.zero_sums = jax.jit(lambda: zero_sums(self._logs))
         self._one = jax.jit(self._add_one)
         self._many = jax.jit(self._add_many)
 
-    def zero_sums(self) -> LogSums:
-        """Return the sums of no batch."""
-        return zero_sums(self._logs)
-
     def add(self, params: PyTree, model_state: PyTree, chunk: Chunk, sums: LogSums) -> LogSums:
         """Add the logs of a chunk's batches, weighted by examples, to ``sums``."""
-        examples = _scalar(chunk.examples)
+        examples = scalar(chunk.examples)
         if not self.fused:
             return self._one(params, model_state, chunk.batches, examples, sums)
-        return self._many(params, model_state, chunk.batches, examples, sums, _scalar(chunk.filled))
+        return self._many(params, model_state, chunk.batches, examples, sums, scalar(chunk.filled))
 
     def _add_one(self, params: Any, model_state: Any, batch: Any, examples: Any, sums: LogSums) -> LogSums:
         logs = self._step(params, model_state, batch)
@@ -226,34 +233,45 @@ class Programs:
         step: what to compile.
         model: whose parameters states must have.
         fuse: as for ``TrainProgram``.
+
+    Attributes:
+        guard: holds Ctrl-C back during launches, where it is installed.
     """
 
     def __init__(self, step: Step, model: PureModel, fuse: Fuse):
         self._step, self._model = step, model
         self._fuse: Fuse = fuse
+        self.guard = LaunchGuard()
+        self._fitting: set[Any] = set()
         self._train: dict[Any, TrainProgram] = {}
         self._evaluation: dict[Any, EvaluationProgram] = {}
 
-    def train(self, live: Live, batch: PyTree) -> TrainProgram:
+    def train(self, part: DevicePart, key: jax.Array, batch: PyTree) -> TrainProgram:
         """Return the train program for this state and batch; traced when it is a new one, compiled when first run."""
-        part = live.part()._replace(log_sums=None)
-        key = form_of((part, batch))
-        if key not in self._train:
-            self._check_params(part.params, batch)
-            self._train[key] = TrainProgram(self._step, live, batch, self._fuse)
-        return self._train[key]
+        part = part._replace(log_sums=None)
+        form = form_of((part, batch))
+        if form not in self._train:
+            self._step.check_batch(batch)
+            self.check_params(part.params, inputs_of(batch))
+            self._train[form] = TrainProgram(self._step, part, key, batch, self._fuse, self.guard)
+        return self._train[form]
 
     def evaluation(self, state: TrainState, batch: PyTree) -> EvaluationProgram:
         """Return the evaluation program, in the same way."""
         key = form_of((state.params, state.model_state, batch))
         if key not in self._evaluation:
-            self._check_params(state.params, batch)
+            self._step.check_batch(batch)
+            self.check_params(state.params, inputs_of(batch))
             self._evaluation[key] = EvaluationProgram(self._step, state.params, state.model_state, batch, self._fuse)
         return self._evaluation[key]
 
-    def _check_params(self, params: PyTree, batch: PyTree) -> None:
-        expected, _ = jax.eval_shape(self._model.init, jax.random.key(0), inputs_of(batch))
-        refuse_mismatch("params", expected, params, "this trainer's model and these inputs", dtypes=False)
+    def check_params(self, params: PyTree, inputs: PyTree) -> None:
+        """Raise StateMismatch unless the model could have made these parameters for these inputs."""
+        form = form_of((params, inputs))
+        if form not in self._fitting:
+            expected, _ = initialized(self._model, jax.eval_shape, jax.random.key(0), inputs)
+            refuse_mismatch("params", expected, params, "this trainer's model, for these inputs,", dtypes=False)
+            self._fitting.add(form)
 
 
 class Pace:
@@ -299,9 +317,8 @@ def rows_of(feed: Feed, fused: bool) -> int | None:
         return None
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(feed.first))
     most = max(1, min(MAX_ROWS, MAX_CHUNK_BYTES // max(1, size)))
-    try:
-        batches = len(feed)
-    except TypeError:
+    batches = feed.length
+    if batches is None:
         return min(most, ROWS_OF_UNKNOWN)
     chunks = -(-batches // most)
     return max(1, -(-batches // max(1, chunks)))  # the same in every chunk, so that none is mostly padding
@@ -318,7 +335,21 @@ def slow_in_loops(jaxpr: Any) -> bool:
     XLA's CPU backend runs a convolution inside a loop or a branch several times slower than outside (measured: a small
     CNN at 31 ms a step straight, 205 ms in a loop, on 2 cores with jax 0.10.2).
     """
-    return jax.default_backend() == "cpu" and "conv_general_dilated" in str(jaxpr)
+    return jax.default_backend() == "cpu" and _contains(jaxpr, "conv_general_dilated")
+
+
+def _contains(jaxpr: Any, primitive: str) -> bool:
+    """Whether a primitive occurs in a jaxpr or in one that an equation of it holds."""
+    for equation in getattr(jaxpr, "eqns", ()):
+        if equation.primitive.name == primitive:
+            return True
+        if any(_contains(inner, primitive) for value in equation.params.values() for inner in _listed(value)):
+            return True
+    return False
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 def _is_fused(fuse: Fuse, jaxpr: Any) -> bool:
@@ -326,9 +357,9 @@ def _is_fused(fuse: Fuse, jaxpr: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=1024, typed=True)  # True and 1 are different scalars
-def _scalar(value: bool | int) -> jax.Array:
+def scalar(value: bool | int) -> jax.Array:
     """A scalar on the device; kept, since a fresh transfer costs as much as a small step."""
-    return jnp.asarray(value, jnp.bool_ if isinstance(value, bool) else jnp.int32)
+    return jax.device_put(np.bool_(value) if isinstance(value, bool) else np.int32(value))
 
 
 def form_of(tree: Any) -> Any:

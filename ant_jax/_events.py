@@ -24,7 +24,7 @@ from ant_jax._callback import (
 )
 from ant_jax._logs import Logs
 from ant_jax._state import TrainState, strong
-from ant_jax._trees import PyTree, describe, differences
+from ant_jax._trees import PyTree, describe, differences, in_lines
 
 
 class CallbackReturnError(TypeError):
@@ -136,8 +136,18 @@ def initial_memories(callbacks: Iterable[Callback], state: TrainState) -> dict[s
             error.add_note(f"in init of callback {callback.name!r}")
             raise
         if memory is not None:
-            memories[callback.name] = jax.tree.map(strong, memory) if in_step(callback) else memory
+            memories[callback.name] = _on_device(callback, memory) if in_step(callback) else memory
     return memories
+
+
+def _on_device(callback: Callback, memory: Any) -> Any:
+    try:
+        return jax.tree.map(strong, memory)
+    except TypeError as error:
+        raise TypeError(
+            f"callback {callback.name!r} has hooks inside the compiled step, so its memory must be arrays and numbers: "
+            f"{error}"
+        ) from None
 
 
 class _Compiled:
@@ -174,6 +184,15 @@ class _Compiled:
         return changed, None if after.stop is stop else after.stop, published
 
 
+# What JAX raises where Python asks for the value of something that is being traced.
+_BRANCHED = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
 def _call(
     callback: Callback,
     name: str,
@@ -185,11 +204,14 @@ def _call(
 ) -> tuple[Any, ...]:
     """Call one hook of one callback, judge what it returns, and add the blame to what it raises."""
     try:
+        before = jax.tree.leaves(given[:-1])
         arguments = (trainer, *given) if HOOKS[name].lead is None else (lead, trainer, *given)
-        return _judged(name, given, function(*arguments), device_names)
+        result = function(*arguments)
+        _refuse_assignment(name, given, before)
+        return _judged(name, given, result, device_names)
     except Exception as error:
         error.add_note(_blame(callback, name, lead, given[0]))
-        if isinstance(error, jax.errors.ConcretizationTypeError | jax.errors.TracerArrayConversionError):
+        if isinstance(error, _BRANCHED):
             error.add_note(
                 "A traced hook is compiled once for all steps, so Python can neither branch on a value that is known "
                 "only when it runs nor turn it into a number. Instead of `if x > 0: a else: b` write "
@@ -198,6 +220,16 @@ def _call(
                 "it a host callback (traced=False)."
             )
         raise
+
+
+def _refuse_assignment(name: str, given: tuple[Any, ...], before: list[Any]) -> None:
+    """Raise if a hook has assigned to a container that it was given, which would go unseen or half seen."""
+    after = jax.tree.leaves(given[:-1])
+    if len(after) != len(before) or not all(map(operator.is_, after, before)):
+        raise CallbackReturnError(
+            f"{name} changed the state or the gradients in place; they are values: make a new tree, for example "
+            f"{{**grads, 'bias': ...}} or state.replace(params=...), and return it"
+        )
 
 
 def _blame(callback: Callback, name: str, lead: Any, state: TrainState) -> str:
@@ -263,7 +295,7 @@ def _judged_state(name: str, old: TrainState, new: TrainState, device_names: fro
     if old.host is None and new.key is not old.key:
         raise CallbackReturnError(
             f"{name} replaced state.key inside the compiled step, where it never changes; draw from "
-            f"jax.random.fold_in(state.key, state.step)"
+            f"state.random_key(name)"
         )
     updates: dict[str, Any] = {}
     for field in ("step", "params", "model_state", "opt_state", "key", "accumulator", "loss_scale", "log_sums"):
@@ -298,10 +330,7 @@ def _judged_tree(name: str, what: str, before: PyTree, after: PyTree, traced: bo
 def _refuse_changes(name: str, what: str, before: PyTree, after: PyTree) -> None:
     lines = differences(before, after)
     if lines:
-        more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
-        raise CallbackReturnError(
-            f"{name} returned {what} of another structure, shape or dtype:\n  " + "\n  ".join(lines[:10]) + more
-        )
+        raise CallbackReturnError(f"{name} returned {what} of another structure, shape or dtype:{in_lines(lines)}")
 
 
 def _judged_logs(name: str, given: Logs, returned: Mapping[str, Any]) -> Logs:
@@ -313,7 +342,8 @@ def _judged_logs(name: str, given: Logs, returned: Mapping[str, Any]) -> Logs:
             f"{name} dropped the log {dropped[0]!r}; to publish a value return {{**logs, 'name': value}}"
         )
     for log, value in returned.items():
-        if not isinstance(log, str) or not _is_number(value) and value is not given.get(log):
+        unchanged = log in given and value is given[log]
+        if not isinstance(log, str) or not (unchanged or _is_number(value)):
             raise CallbackReturnError(
                 f"{name} published the log {log!r} as {describe(value)}; a log is a number or an array under a string"
             )

@@ -20,11 +20,6 @@ def _reference_counts(objects: list[Any]) -> list[int]:
 _SOLE_OWNER = _reference_counts([object()])[0]
 
 
-@jax.jit
-def _copies(leaves: list[Any]) -> list[Any]:
-    return [jnp.copy(leaf) for leaf in leaves]
-
-
 class DevicePart(NamedTuple):
     """The part of a state that launches overwrite: fields of ``TrainState``."""
 
@@ -54,9 +49,13 @@ class DevicePart(NamedTuple):
         )
 
 
-def device_part(state: TrainState) -> DevicePart:
-    """Take the device part out of a state, with all the memories that are in it."""
-    return DevicePart(*(getattr(state, field) for field in DevicePart._fields))
+def device_part(state: TrainState, device_names: frozenset[str] | None = None) -> DevicePart:
+    """Take the device part out of a state, with the memories of those callbacks, or with all that are in it."""
+    part = DevicePart(*(getattr(state, field) for field in DevicePart._fields))
+    if device_names is None:
+        return part
+    memories = {name: memory for name, memory in state.callback_states.items() if name in device_names}
+    return part._replace(callback_states=memories)
 
 
 class Live:
@@ -64,8 +63,10 @@ class Live:
 
     The host sees it as a ``TrainState`` and may keep that, or any part of it, for as long as it likes: an array that
     somebody else still refers to when a launch is about to overwrite it is copied first. Reference counts tell, as they
-    tell numpy whether an array may be resized in place. So nobody ever meets a deleted array, whether it is the caller
-    of ``fit`` or a callback that keeps the best parameters, and a run whose callbacks keep nothing copies nothing.
+    tell numpy whether an array may be resized in place. So nobody meets a deleted array, whether it is the caller of
+    ``fit`` or a callback that keeps the best parameters, and a run whose callbacks keep nothing copies nothing. (An
+    alias that JAX makes without saying so, by ``jax.device_put`` to the same device or ``addressable_data``, is not
+    seen: reading one later raises. Keep the array itself, or ``jnp.copy`` it.)
 
     Args:
         state: to begin with; the caller's own, which stays readable.
@@ -91,8 +92,7 @@ class Live:
         self.stop = bool(state.stop)
         self.key = state.key
         self.key_data = jax.random.key_data(state.key)
-        on_device = {name: memory for name, memory in memories.items() if name in self._device_names}
-        leaves, self._structure = jax.tree.flatten(device_part(state)._replace(callback_states=on_device))
+        leaves, self._structure = jax.tree.flatten(device_part(state, self._device_names))
         self._leaves = [strong(leaf) for leaf in leaves]
 
     def get(self) -> TrainState:
@@ -119,10 +119,9 @@ class Live:
     def take(self) -> list[Any]:
         """Hand over the leaves of the device part to be overwritten; ``give`` must follow."""
         leaves = self._leaves
-        shared = [i for i, count in enumerate(_reference_counts(leaves)) if count != _SOLE_OWNER]
-        if shared:
-            for i, copied in zip(shared, _copies([leaves[i] for i in shared]), strict=True):
-                leaves[i] = copied
+        for position, count in enumerate(_reference_counts(leaves)):
+            if count != _SOLE_OWNER:
+                leaves[position] = jnp.copy(leaves[position])
         return leaves
 
     def give(self, leaves: list[Any]) -> None:

@@ -39,6 +39,10 @@ class Look:
         self._launches: list[Launch] = []
         self._ended_at = time.monotonic()
 
+    def resume(self, batch_idx: int) -> None:
+        """Open the window that a run which goes on inside an epoch was in; its beginning has been seen."""
+        self.open = self.every is not None and batch_idx % self.every > 0
+
     def begins(self, batch_idx: int) -> bool:
         """Whether a window begins before this batch."""
         return not self.open and (self.every is None or batch_idx % self.every == 0)

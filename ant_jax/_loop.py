@@ -16,8 +16,9 @@ The loop, in the one place where it is written down (``tests/test_loop.py`` hold
         on_epoch_end
     on_train_end
 
-A request to stop ends the batches; evaluation, ``on_epoch_end`` and ``on_train_end`` still come, each if its scope was
-opened. After an exception ``on_exception`` comes, and nothing else. Of the batch hooks, those of host callbacks come
+A request to stop ends the batches, when the accumulation window that is open has closed, and at the beginning of an
+epoch not before its first batch; evaluation, ``on_epoch_end`` and ``on_train_end`` still come, and the epoch counts as
+done. After an exception ``on_exception`` comes, and nothing else. Of the batch hooks, those of host callbacks come
 around launches, ``every`` so many batches, and those of traced callbacks inside the step, at every batch.
 
 What is published when a scope opens is still in the logs when it closes.
@@ -25,6 +26,7 @@ What is published when a scope opens is still in the logs when it closes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,9 +46,9 @@ from ant_jax._events import Events
 from ant_jax._live import Live
 from ant_jax._logs import Logs
 from ant_jax._looks import Look
-from ant_jax._state import TrainState
+from ant_jax._state import TrainState, refuse_mismatch
 from ant_jax._sums import means
-from ant_jax.data import Ahead, Feed
+from ant_jax.data import Ahead, Feed, NoBatches
 
 
 class Loop:
@@ -77,15 +79,21 @@ class Loop:
         self._trainer, self._events, self._programs = trainer, events, programs
         self._train_loader, self._val_loader = train_loader, val_loader
         self._num_epochs, self._steps_per_epoch = num_epochs, steps_per_epoch
+        self._window: int = trainer.gradient_accumulation_steps
         self._live = Live(state.replace(stop=False), events.device_names)
 
     def run(self) -> TrainState:
         """Train to the end."""
-        try:
-            return self._train()
-        except BaseException as error:
-            self._events.tell(error, self._trainer, self._live.get())
-            raise
+        with self._programs.guard.installed():
+            try:
+                return self._train()
+            except BaseException as error:
+                state = self._live.get()
+                self._events.tell(error, self._trainer, state)
+                with contextlib.suppress(AttributeError):  # an exception without room for attributes
+                    setattr(error, "train_state", state)  # noqa: B010  # it is no declared attribute
+                    error.add_note("the state of the run as it was then is this exception's attribute train_state")
+                raise
 
     def _train(self) -> TrainState:
         live = self._live
@@ -101,44 +109,62 @@ class Loop:
         opening: Mapping[str, Any] = {}
         if live.host.batch_idx == 0:
             opening = self._hook("on_epoch_begin", epoch, {})
-        trained, evaluated = {}, {}
-        if not live.stop:
-            trained = self._batches(epoch)
-            if self._val_loader is not None:
-                state, evaluated = evaluate(
-                    self._trainer, self._events, self._programs, live.get(), self._val_loader, "val_loader"
-                )
-                live.put(state)
-                del state  # who still refers to the state when the next launch overwrites it, makes it copy
+        trained, evaluated = self._batches(epoch), {}
+        if self._val_loader is not None:
+            state, evaluated = evaluate(
+                self._trainer, self._events, self._programs, live.get(), self._val_loader, "val_loader"
+            )
+            live.put(state)
+            del state  # who still refers to the state when the next launch overwrites it, makes it copy
         closing = self._hook("on_epoch_end", epoch, {**opening, **trained, **evaluated})
         live.move(epoch=epoch + 1, batch_idx=0, history=live.host.history.appended(closing), published={})
         return closing
 
     def _batches(self, epoch: int) -> dict[str, Any]:
         """Train on the batches of an epoch; returns their means as ``train_`` logs."""
-        live = self._live
-        feed = Feed(self._train_loader, "train_loader", epoch, live.host.batch_idx, self._steps_per_epoch)
-        program = self._programs.train(live, feed.first)
-        if live.host.batch_idx == 0:
-            live.update(
-                log_sums=program.zero_sums(),
-                accumulator=jax.tree.map(jnp.zeros_like, live.part().accumulator),
-            )
+        live, start = self._live, self._live.host.batch_idx
+        try:
+            feed = Feed(self._train_loader, "train_loader", epoch, start, self._steps_per_epoch)
+        except NoBatches:
+            if start == 0:
+                raise
+            return self._epoch_means()  # the run goes on after the last batch of an epoch
+        program = self._programs.train(live.part(), live.key, feed.first)
         looks = [Look(*watcher) for watcher in self._events.watchers]
+        self._open(program, looks, start)
         chunks = Ahead(feed.chunks(rows_of(feed, program.fused), LAUNCH_SECONDS), on_device)
         for chunk in chunks:
             cursor = Cursor(chunk, live.host.batch_idx)
-            while cursor.remaining and not live.stop:
+            while cursor.remaining:
                 self._begin_looks(looks, cursor)
                 launch = program.launch(live, cursor, self._length(looks, program, cursor))
                 if not cursor.remaining:
                     chunks.fetch()
                 program.pace.launched(launch)
-                self._end_looks(looks, cursor, launch)
-            if live.stop:
-                break
-        program.pace.interrupted()
-        return self._epoch_means()
+                over = self._is_over(cursor)
+                self._end_looks(looks, cursor, launch, over)
+                if over or self._is_over(cursor):  # a look may have asked to stop
+                    program.pace.interrupted()
+                    return self._epoch_means()
+        raise RuntimeError("the chunks ended without a last one")  # cannot be: Feed marks it
+
+    def _open(self, program: TrainProgram, looks: list[Look], start: int) -> None:
+        """Begin the sums and the accumulation window of an epoch, or take up those that the state is in."""
+        live, part = self._live, self._live.part()
+        if start == 0:
+            sums, window = program.begin_epoch(part.accumulator)
+            live.update(log_sums=sums, accumulator=window)
+            return
+        expected, _ = jax.eval_shape(program.begin_epoch, part.accumulator)
+        refuse_mismatch("log_sums", expected, part.log_sums, "this trainer, going on inside an epoch,")
+        for look in looks:
+            look.resume(start)
+
+    def _is_over(self, cursor: Cursor) -> bool:
+        """Whether the epoch's batches end here: with the last, or as asked, but not inside an accumulation window."""
+        if cursor.chunk.last and not cursor.remaining:
+            return True
+        return self._live.stop and cursor.batch_idx % self._window == 0
 
     def _length(self, looks: list[Look], program: TrainProgram, cursor: Cursor) -> int:
         """How many batches to launch: to the next look or the end of the chunk, and no longer than the pace allows."""
@@ -146,6 +172,8 @@ class Loop:
         for look in looks:
             if look.every is not None:
                 length = min(length, look.every - cursor.batch_idx % look.every)
+        if self._live.stop:
+            length = min(length, self._window - cursor.batch_idx % self._window)
         return length
 
     def _begin_looks(self, looks: list[Look], cursor: Cursor) -> None:
@@ -156,16 +184,16 @@ class Loop:
             for look in beginning:
                 look.begin(logs)
 
-    def _end_looks(self, looks: list[Look], cursor: Cursor, launch: Launch) -> None:
+    def _end_looks(self, looks: list[Look], cursor: Cursor, launch: Launch, over: bool) -> None:
         """Run ``on_batch_end`` of those whose window ends here; of all, when no more batches follow."""
         for look in looks:
             look.passed(launch)
         done = cursor.batch_idx
-        over = cursor.chunk.last and not cursor.remaining
         logs: Mapping[str, Any] = {"batch_size": cursor.chunk.examples, **launch.latest}
-        while ending := [look for look in looks if look.open and (over or self._live.stop or look.ends(done))]:
-            # Once more if one of them asks to stop: then the windows that were not due end here, too.
+        while ending := [look for look in looks if look.open and (over or look.ends(done))]:
             logs = self._look("on_batch_end", ending, done - 1, logs)
+            # Once more if one of them has asked to stop: then the windows that were not due end here, too.
+            over = over or self._is_over(cursor)
         if len(logs) > len(launch.latest) + 1:
             self._sum_published(logs, launch, cursor.chunk.examples)
 
@@ -173,12 +201,12 @@ class Loop:
         """Run a batch hook of some host callbacks, in their order; ``on_batch_end`` ends their windows."""
         given = state = None
         for look in looks:
-            seen = look.end(logs) if name == "on_batch_end" else Logs(logs)
+            logs = look.end(logs) if name == "on_batch_end" else Logs(logs)
             if name in look.hooks:
                 if state is None:
                     given = state = self._live.get()
                 hook = look.hooks[name]
-                state, logs = self._events.batch_hook(look.callback, name, hook, batch_idx, self._trainer, state, seen)
+                state, logs = self._events.batch_hook(look.callback, name, hook, batch_idx, self._trainer, state, logs)
         if state is not None and state is not given:
             self._live.put(state)
         return logs
@@ -186,14 +214,16 @@ class Loop:
     def _sum_published(self, logs: Mapping[str, Any], launch: Launch, examples: int) -> None:
         """Add what host callbacks have published, weighted by the examples of the batch that they looked at."""
         sums = dict(self._live.host.published)
-        for name in logs:
+        for name, value in logs.items():
             if name not in launch.latest and name != "batch_size":
                 total, weight = sums.get(name, (0.0, 0))
-                sums[name] = (total + logs[name] * examples, weight + examples)
+                value = value.astype(jnp.float32) if isinstance(value, jax.Array) else value
+                sums[name] = (total + value * float(examples), weight + examples)
         self._live.move(published=sums)
 
     def _epoch_means(self) -> dict[str, Any]:
-        values = means(self._live.part().log_sums)
+        sums = self._live.part().log_sums
+        values = {} if sums is None else means(sums)
         values |= {name: total / weight for name, (total, weight) in self._live.host.published.items()}
         self._live.update(log_sums=None)
         return {f"train_{name}": values[name] for name in loss_first(values)}

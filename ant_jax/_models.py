@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ant_jax._trees import PyTree
+from ant_jax._trees import PyTree, describe_tree
 
 
 class PureModel(NamedTuple):
@@ -34,10 +34,11 @@ def pure_functions(model: Any) -> PureModel:
         model: one of
 
             - a ``flax.linen.Module``. If its ``__call__`` has a parameter named ``train`` or ``training``, it is passed
-              True in training; one named ``deterministic``, True in evaluation. Random streams ``dropout`` and
-              ``default`` are there in training.
-            - a ``flax.nnx.Module``, with its parameters already made. ``nnx.Param`` is trained, the rest is model
-              state; random streams restart from the step's key at every step.
+              True in training; one named ``deterministic``, True in evaluation. All its random streams
+              (``make_rng``) are there in training.
+            - a ``flax.nnx.Module``, with its parameters already made, which a seed given to ``Trainer.init`` does not
+              change. ``nnx.Param`` is trained, the rest is model state; random streams restart from the step's key at
+              every step.
             - a pair ``(init, apply)`` with the signatures of :class:`PureModel`, returned as it is. It covers Equinox,
               Haiku and plain JAX.
 
@@ -71,6 +72,36 @@ def pure_functions(model: Any) -> PureModel:
     )
 
 
+def initialized(model: PureModel, call: Callable[..., Any], key: chex.PRNGKey, inputs: PyTree) -> tuple[PyTree, PyTree]:
+    """Return ``call(model.init, key, inputs)``; explain what fails, and what is not of the form it should be."""
+    try:
+        result = call(model.init, key, inputs)
+    except Exception as error:
+        error.add_note(
+            f"in the model's init, called with inputs {describe_tree(inputs)}. A model's inputs are the first of a "
+            f"pair (inputs, targets), or else the whole batch; to read a batch in another way give the Trainer a pair "
+            f"of functions (init, apply), see ant_jax.pure_functions"
+        )
+        raise
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"the model's init must return (params, model_state), got {describe_tree(result)}")
+    return result
+
+
+def applied(
+    model: PureModel, params: PyTree, model_state: PyTree, inputs: PyTree, key: chex.PRNGKey | None
+) -> tuple[PyTree, PyTree]:
+    """Return ``model.apply(params, model_state, inputs, key)``; explain as ``initialized`` does."""
+    try:
+        result = model.apply(params, model_state, inputs, key)
+    except Exception as error:
+        error.add_note(f"in the model, called with inputs {describe_tree(inputs)}")
+        raise
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"the model's apply must return (outputs, model_state), got {describe_tree(result)}")
+    return result
+
+
 def _from_linen(model: Any) -> PureModel:
     parameters = inspect.signature(type(model).__call__).parameters
 
@@ -86,7 +117,7 @@ def _from_linen(model: Any) -> PureModel:
         variables = {"params": params, **model_state}
         if key is None:
             return model.apply(variables, inputs, **mode(train=False)), model_state
-        rngs = {"dropout": key, "default": jax.random.fold_in(key, 1)}
+        rngs = {"params": key}  # linen takes the streams that are not given, "dropout" for one, from this one
         outputs, updates = model.apply(variables, inputs, rngs=rngs, mutable=list(model_state), **mode(train=True))
         return outputs, {**model_state, **updates}
 

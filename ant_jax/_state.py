@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from flax.training.dynamic_scale import DynamicScale
 
 from ant_jax._history import History
 from ant_jax._sums import LogSums
-from ant_jax._trees import PyTree, differences
+from ant_jax._trees import PyTree, differences, in_lines
 
 
 class StateMismatch(ValueError):
@@ -66,14 +67,16 @@ class TrainState:
 
     Immutable: ``state.replace(params=...)`` returns another state. It is a pytree whose leaves are the fields below;
     ``epoch``, ``batch_idx`` and ``history`` are host fields, plain Python that reading never waits for, and that has no
-    value inside the compiled step.
+    value inside the compiled step. (So states of different epochs are different pytrees to ``jax.tree.map``; compare
+    their ``params``.)
 
     Attributes:
         step: int32 scalar, batches trained on since ``init``; the index of the batch that is under way.
         params: the model's parameters.
         model_state: whatever else the model carries, such as batch statistics; ``{}`` when it carries nothing.
         opt_state: the optax optimizer's state.
-        key: a typed random key. It never changes: step ``i`` draws from ``jax.random.fold_in(key, i)``.
+        key: a typed random key. It never changes: the model draws from ``jax.random.fold_in(key, step)``, a callback
+            from ``state.random_key(name)``.
         accumulator: the open accumulation window; ``None`` when ``gradient_accumulation_steps`` is 1.
         loss_scale: flax's ``DynamicScale``; ``None`` unless the precision is float16.
         log_sums: the sums of the logs of the epoch under way; ``None`` between epochs.
@@ -120,8 +123,26 @@ class TrainState:
         """Whether gradients are waiting for their accumulation window to close; ``False`` without accumulation."""
         return False if self.accumulator is None else self.accumulator.micro_batches > 0
 
+    def random_key(self, name: str) -> chex.PRNGKey:
+        """Return a random key for this step and this name: another one at every step, for every name, and than the
+        model's.
+
+        >>> import ant_jax, optax
+        >>> init = lambda key, inputs: (jnp.zeros(1), {})
+        >>> apply = lambda params, model_state, inputs, key: (inputs, model_state)
+        >>> optimizer, criterion = optax.sgd(0.1), optax.l2_loss
+        >>> trainer = ant_jax.Trainer((init, apply), optimizer, criterion)
+        >>> state = trainer.init((jnp.ones(1), jnp.ones(1)))
+        >>> bool(state.random_key("noise") == state.random_key("mask"))
+        False
+        """
+        return jax.random.fold_in(jax.random.fold_in(self.key, self.step), zlib.crc32(name.encode()))
+
     def request_stop(self, when: bool | chex.Array = True) -> TrainState:
-        """Ask the run to end after this hook; scopes that are open still close in order.
+        """Ask the run to end; scopes that are open still close in order.
+
+        Between batches the run ends at once, in the middle of an accumulation window when the window has closed, and
+        asked at the beginning of a batch or an epoch, after that batch or the epoch's first. The epoch counts as done.
 
         Args:
             when: whether to ask at all: a bool, or in a traced hook a boolean scalar (``wait >= patience``), since
@@ -163,11 +184,6 @@ class TrainState:
         return self.host
 
 
-def moved(state: TrainState, **fields: Any) -> TrainState:
-    """Return ``state`` with some of its host fields replaced."""
-    return state.replace(host=dataclasses.replace(state.on_host(next(iter(fields))), **fields))
-
-
 def strong(leaf: Any, like: Any = None) -> jax.Array:
     """Turn a leaf into a device array whose dtype is its own, not a Python scalar's weak one.
 
@@ -190,9 +206,7 @@ def refuse_mismatch(what: str, expected: PyTree, actual: PyTree, owner: str, *, 
     """Raise StateMismatch if ``actual``, the state's ``what``, is not of the form that ``owner`` expects."""
     lines = differences(expected, actual, dtypes=dtypes)
     if lines:
-        more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
         raise StateMismatch(
-            f"{what} does not fit {owner}; is the state another trainer's? Make one with this trainer's init.\n  "
-            + "\n  ".join(lines[:10])
-            + more
+            f"state.{what} is not of the form that {owner} needs; is the state another trainer's? Make one with this "
+            f"trainer's init.{in_lines(lines)}"
         )

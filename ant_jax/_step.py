@@ -13,7 +13,7 @@ import optax
 
 from ant_jax._events import Events
 from ant_jax._logs import Logs
-from ant_jax._models import PureModel
+from ant_jax._models import PureModel, applied
 from ant_jax._state import Accumulator, TrainState
 from ant_jax._trees import PyTree, describe, describe_tree
 from ant_jax.data import batch_size_of
@@ -56,6 +56,7 @@ class Step:
         accumulation_steps: micro-batches in a window.
         accumulation_mean: ``"examples"`` or ``"steps"``; see ``Trainer``.
         max_grad_norm: global norm to clip to before the update, or ``None``.
+        needs_pairs: whether batches must be ``(inputs, targets)``.
     """
 
     loss_fn: LossFn
@@ -64,6 +65,15 @@ class Step:
     accumulation_steps: int
     accumulation_mean: str
     max_grad_norm: float | None
+    needs_pairs: bool
+
+    def check_batch(self, batch: PyTree) -> None:
+        """Raise TypeError if the loss cannot read this batch."""
+        if self.needs_pairs and not (isinstance(batch, tuple | list) and len(batch) == 2):
+            raise TypeError(
+                f"criterion needs batches of the form (inputs, targets), got {describe_tree(batch)}; for any other "
+                f"batch give the Trainer a loss_fn(params, model_state, batch, key) instead"
+            )
 
     def gradients(self, state: TrainState, batch: PyTree) -> tuple[TrainState, PyTree, dict[str, Any], Any]:
         """Differentiate the loss of one micro-batch.
@@ -79,7 +89,7 @@ class Step:
 
         if state.loss_scale is None:
             (loss, (model_state, logs)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-            grads = jax.tree.map(_to_float32, grads)
+            grads = jax.tree.map(_at_least_float32, grads)
             return state.replace(model_state=model_state), grads, {"loss": loss, **logs}, None
         loss_scale, finite, (loss, (model_state, logs)), grads = state.loss_scale.value_and_grad(loss_of, has_aux=True)(
             state.params
@@ -173,7 +183,8 @@ class Step:
         if self.max_grad_norm is not None:
             grads, _ = optax.clip_by_global_norm(self.max_grad_norm).update(grads, optax.EmptyState())
         grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        # Some transformations, optax.contrib.reduce_on_plateau for one, ask for the loss.
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, value=logs["loss"])
         return state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state), logs
 
     def evaluation_step(self, params: PyTree, model_state: PyTree, batch: PyTree) -> Any:
@@ -192,14 +203,10 @@ def criterion_loss(
     dtype = COMPUTE_DTYPES[precision]
 
     def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[Any, tuple[Any, dict[str, Any]]]:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise TypeError(
-                f"criterion needs batches of the form (inputs, targets), got {describe_tree(batch)}; for any other "
-                f"batch give the Trainer a loss_fn(params, model_state, batch, key) instead"
-            )
         inputs, targets = batch
-        outputs, new_state = model.apply(cast_floating(params, dtype), model_state, cast_floating(inputs, dtype), key)
-        outputs = jax.tree.map(_to_float32, outputs)
+        low_params, low_inputs = cast_floating((params, inputs), dtype)
+        outputs, new_state = applied(model, low_params, model_state, low_inputs, key)
+        outputs = jax.tree.map(_at_least_float32, outputs)
         size = batch_size_of(batch)
         loss = _reduced("criterion", criterion, outputs, targets, size)
         logs = {name: _reduced(f"metric {name!r}", metric, outputs, targets, size) for name, metric in metrics.items()}
@@ -224,8 +231,8 @@ def general_loss(loss_fn: LossFn, precision: str) -> LossFn:
         for name in logs:
             if name in STEP_LOGS:
                 raise ValueError(f"loss_fn returned a log named {name!r}, which the trainer writes itself; rename it")
-        floats = {name: _to_float32(jnp.asarray(value)) for name, value in logs.items()}
-        return _to_float32(jnp.asarray(loss)), (_like(model_state, new_state), floats)
+        floats = {name: _at_least_float32(jnp.asarray(value)) for name, value in logs.items()}
+        return _at_least_float32(jnp.asarray(loss)), (_like(model_state, new_state), floats)
 
     return checked_loss
 
@@ -237,8 +244,9 @@ def cast_floating(tree: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
 
-def _to_float32(leaf: chex.Array) -> chex.Array:
-    return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+def _at_least_float32(leaf: chex.Array) -> chex.Array:
+    low = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
+    return leaf.astype(jnp.float32) if low else leaf
 
 
 def _like(old: PyTree, new: PyTree) -> PyTree:
@@ -256,28 +264,32 @@ def _reduced(what: str, function: Callable[[Any, Any], Any], outputs: Any, targe
     except Exception as error:
         error.add_note(f"in {what}, called with {given}")
         raise
-    shape = getattr(values, "shape", ())
     if not hasattr(values, "dtype") and not isinstance(values, bool | int | float):
         raise TypeError(f"{what} must return an array, got {type(values).__name__} for {given}")
-    out_shape, target_shape = getattr(outputs, "shape", None), getattr(targets, "shape", None)
-    fits = shape == () or shape == target_shape
-    fits |= shape[:1] == (size,) if out_shape is None else shape == out_shape[: len(shape)]
-    blends = shape == () and out_shape != target_shape and _number_of(outputs) == _number_of(targets) != 1
-    if blends and out_shape is not None and target_shape is not None:
+    if jnp.shape(values) == () and _would_broadcast(outputs, targets):
         raise ValueError(
             f"{what} was called with {given}: as many values in another shape, which it would broadcast against each "
             f"other; give the targets the shape of the outputs"
         )
-    if not fits:
+    if not _is_one_each(jnp.shape(values), outputs, targets, size):
         raise ValueError(
             f"{what} must return one value an example, or their mean as a scalar; it returned {describe(values)} for "
             f"{given}"
         )
-    return jnp.mean(_to_float32(jnp.asarray(values)))
+    return jnp.mean(_at_least_float32(jnp.asarray(values)))
 
 
-def _number_of(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+def _would_broadcast(outputs: Any, targets: Any) -> bool:
+    """Whether two arrays hold as many values in different shapes, such as a column and a row."""
+    arrays = hasattr(outputs, "shape") and hasattr(targets, "shape")
+    return arrays and outputs.shape != targets.shape and outputs.size == targets.size > 1
+
+
+def _is_one_each(shape: tuple[int, ...], outputs: Any, targets: Any, size: int) -> bool:
+    """Whether a result of this shape can be one value for each example (or token), or their mean."""
+    if shape == () or shape == getattr(targets, "shape", None):
+        return True
+    return shape == outputs.shape[: len(shape)] if hasattr(outputs, "shape") else shape[0] == size
 
 
 def _form(result: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
@@ -12,21 +11,22 @@ from typing import Any, Literal, cast
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.training.dynamic_scale import DynamicScale
 
 from ant_jax._callback import Callback
-from ant_jax._engine import Fuse, Programs, form_of
+from ant_jax._engine import Fuse, Programs, form_of, scalar
 from ant_jax._events import Events, initial_memories
 from ant_jax._history import History, to_python
-from ant_jax._live import Live
+from ant_jax._live import DevicePart, device_part
 from ant_jax._loop import Loop, evaluate
-from ant_jax._models import PureModel, pure_functions
-from ant_jax._state import Accumulator, HostFields, StateMismatch, TrainState, moved, refuse_mismatch, strong
+from ant_jax._models import PureModel, applied, initialized, pure_functions
+from ant_jax._state import Accumulator, HostFields, StateMismatch, TrainState, refuse_mismatch, strong
 from ant_jax._step import COMPUTE_DTYPES, STEP_LOGS, LossFn, Step, cast_floating, criterion_loss, general_loss
 from ant_jax._trees import PyTree, describe_tree
 from ant_jax.callbacks import progress_bar
-from ant_jax.data import batch_size_of, canonical, inputs_of
+from ant_jax.data import batch_size_of, canonical, inputs_of, length_of, refuse_bad_length
 
 
 _logger = logging.getLogger("ant_jax")
@@ -39,12 +39,14 @@ class Trainer:
     Args:
         model: a ``flax.linen.Module``, a ``flax.nnx.Module``, or a pair of pure functions ``(init, apply)``; see
             :func:`pure_functions`.
-        optimizer: any optax gradient transformation.
+        optimizer: any optax gradient transformation. Its schedules count updates, not batches; one that asks for the
+            loss is given it as ``value``.
         criterion: ``criterion(outputs, targets)`` returns the loss of every example, or their mean. Batches are pairs
             ``(inputs, targets)``.
         loss_fn: instead of a criterion, any function
             ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, logs))``; ``loss`` is the mean over the
-            batch, ``logs`` a mapping of metrics, and ``key`` is ``None`` in evaluation.
+            batch, ``logs`` a mapping of metrics, and ``key`` is ``None`` in evaluation. Means over an epoch weigh a
+            batch by the length of the first axis that all its leaves share; by 1, when they share none.
         metrics: ``{name: metric(outputs, targets)}``, each of one value an example, or their mean.
         callbacks: in the order in which their hooks run.
         gradient_accumulation_steps: batches whose gradients make one update.
@@ -92,6 +94,8 @@ class Trainer:
     _events: Events = dataclasses.field(init=False, repr=False)
     _programs: Programs = dataclasses.field(init=False, repr=False)
     _known_forms: set[Any] = dataclasses.field(init=False, repr=False)
+    _outputs: Callable[..., Any] = dataclasses.field(init=False, repr=False)
+    _gradients: Callable[..., Any] = dataclasses.field(init=False, repr=False)
     _run: tuple[int, int | None] | None = dataclasses.field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
@@ -112,9 +116,21 @@ class Trainer:
             accumulation_steps=self.gradient_accumulation_steps,
             accumulation_mean=self.accumulation_mean,
             max_grad_norm=self.max_grad_norm,
+            needs_pairs=self.criterion is not None,
         )
-        derived = {"_model": model, "_step": step, "_events": events}
-        derived |= {"_programs": Programs(step, model, self.fuse), "_known_forms": set()}
+        dtype = COMPUTE_DTYPES[self.precision]
+
+        def outputs(params: Any, model_state: Any, inputs: Any) -> Any:
+            result, _ = applied(model, cast_floating(params, dtype), model_state, cast_floating(inputs, dtype), None)
+            return result if dtype is None else cast_floating(result, jnp.float32)
+
+        def gradients(state: TrainState, batch: Any) -> tuple[PyTree, dict[str, Any]]:
+            _, grads, logs, _ = step.gradients(state, batch)
+            return grads, logs
+
+        derived = {"_model": model, "_step": step, "_events": events, "_known_forms": set()}
+        derived |= {"_programs": Programs(step, model, self.fuse)}
+        derived |= {"_outputs": jax.jit(outputs), "_gradients": jax.jit(gradients)}
         for attribute, value in derived.items():
             object.__setattr__(self, attribute, value)
 
@@ -152,10 +168,13 @@ class Trainer:
             StateMismatch: ``params`` do not fit the model.
         """
         batch = canonical(example_batch)
+        self._step.check_batch(batch)
         init_key, key = jax.random.split(jax.random.key(seed))
-        initial, model_state = jax.jit(self._model.init)(init_key, inputs_of(batch))
+        initial, model_state = initialized(
+            self._model, lambda init, *arguments: jax.jit(init)(*arguments), init_key, inputs_of(batch)
+        )
         if params is not None:
-            refuse_mismatch("params", initial, params, "the model", dtypes=False)
+            refuse_mismatch("params", initial, params, "this trainer's model", dtypes=False)
             initial = params
         initial = jax.tree.map(strong, initial)
         state = TrainState(
@@ -185,7 +204,8 @@ class Trainer:
         """Train until ``num_epochs`` epochs are done; :mod:`ant_jax._loop` shows the loop with its hooks.
 
         The state that is passed in stays readable. If an exception ends the run, callbacks get ``on_exception`` with
-        the state as it is then.
+        the state as it is then, and the exception has that state as its attribute ``train_state``. So has Ctrl-C's
+        ``KeyboardInterrupt``.
 
         Args:
             state: from ``init``, from an earlier ``fit``, or restored.
@@ -216,8 +236,11 @@ class Trainer:
                 num_epochs,
             )
             return state, state.history
+        epochs = num_epochs - state.epoch
+        refuse_bad_length(train_loader, "train_loader", epochs, steps_per_epoch)
+        refuse_bad_length(val_loader, "val_loader", epochs)
         running = copy.copy(self)
-        object.__setattr__(running, "_run", (num_epochs, steps_per_epoch or _length_of(train_loader)))
+        object.__setattr__(running, "_run", (num_epochs, steps_per_epoch or length_of(train_loader)))
         loop = Loop(running, self._events, self._programs, state, train_loader, val_loader, num_epochs, steps_per_epoch)
         state = loop.run()
         return state, state.history
@@ -250,13 +273,16 @@ class Trainer:
 
         Raises:
             ValueError: there are no examples.
+            StateMismatch: the state is not one of this trainer's.
         """
         _check_count("batch_size", batch_size)
         self._check_state(state)
         inputs = canonical(inputs, "inputs")
-        examples = len(jax.tree.leaves(inputs)[0])
-        if not examples:
-            raise ValueError(f"predict: there are no examples in inputs of {describe_tree(inputs)}")
+        lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(inputs)}
+        if len(lengths) != 1 or lengths & {(), (0,)}:
+            raise ValueError(f"predict: inputs must be as many examples in each array, got {describe_tree(inputs)}")
+        (examples,) = lengths.pop()
+        self._programs.check_params(state.params, inputs)
 
         def outputs_of(rows: slice) -> Any:
             return self._outputs(state.params, state.model_state, jax.tree.map(lambda leaf: leaf[rows], inputs))
@@ -275,10 +301,16 @@ class Trainer:
             The gradients, unscaled and in float32, and ``{"loss": ..., <metric>: ...}``.
         """
         self._check_state(state)
-        return self._gradients(self._in_step(state), canonical(batch))
+        batch = canonical(batch)
+        self._step.check_batch(batch)
+        self._programs.check_params(state.params, inputs_of(batch))
+        return self._gradients(self._part(state).state(state.key), batch)
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """Train on one batch: what ``fit`` does for each, with the traced hooks, without host hooks. Compiled.
+
+        By hand there are no epochs: hooks get ``state.step`` as their ``batch_idx``, and the state's ``epoch`` and
+        ``batch_idx`` stay as they are.
 
         Args:
             state: stays readable.
@@ -286,43 +318,20 @@ class Trainer:
 
         Returns:
             The state after the step, and the logs of the batch. A window of gradient accumulation closes when it is
-            full; in a loop by hand there is no last batch of an epoch to close it earlier.
+            full; nothing closes it earlier, as the end of an epoch does in ``fit``.
         """
         self._check_state(state)
         batch = canonical(batch)
-        program = self._programs.train(Live(state, self._events.device_names), batch)
-        position = jnp.asarray(state.batch_idx, jnp.int32)
-        result = program.single(self._in_step(state), batch, position, jnp.bool_(False))
-        stop = state.stop if result.stop is None else bool(state.stop) or bool(result.stop)
-        new = result.state.replace(
-            callback_states={**state.callback_states, **result.state.callback_states},
-            log_sums=state.log_sums,
-            stop=stop,
-            host=state.host,
-        )
-        return moved(new, batch_idx=state.batch_idx + 1), {"batch_size": batch_size_of(batch), **result.logs}
+        part = self._part(state)
+        program = self._programs.train(part, state.key, batch)
+        result = program.single(part.state(state.key), batch, part.step, scalar(False))
+        memories = {**state.callback_states, **result.state.callback_states}
+        stop = bool(state.stop) or (result.stop is not None and bool(result.stop))
+        new = device_part(result.state)._replace(callback_states=memories, log_sums=state.log_sums)
+        return new.state(state.key, stop, state.host), {"batch_size": batch_size_of(batch), **result.logs}
 
-    @functools.cached_property
-    def _outputs(self) -> Any:
-        dtype = COMPUTE_DTYPES[self.precision]
-
-        def outputs(params: Any, model_state: Any, inputs: Any) -> Any:
-            result, _ = self._model.apply(cast_floating(params, dtype), model_state, cast_floating(inputs, dtype), None)
-            return result if dtype is None else cast_floating(result, jnp.float32)
-
-        return jax.jit(outputs)
-
-    @functools.cached_property
-    def _gradients(self) -> Any:
-        def gradients(state: TrainState, batch: Any) -> tuple[PyTree, dict[str, Any]]:
-            _, grads, logs, _ = self._step.gradients(state, batch)
-            return grads, logs
-
-        return jax.jit(gradients)
-
-    def _in_step(self, state: TrainState) -> TrainState:
-        live = Live(state, self._events.device_names)
-        return live.part()._replace(log_sums=None).state(live.key)
+    def _part(self, state: TrainState) -> DevicePart:
+        return device_part(state, self._events.device_names)._replace(log_sums=None)
 
     def _running(self, fact: str) -> tuple[int, int | None]:
         if self._run is None:
@@ -347,7 +356,7 @@ class Trainer:
         """Raise unless this trainer could have made the state; each form of state is looked at once."""
         if not isinstance(state, TrainState):
             raise TypeError(f"state must be a TrainState, as trainer.init returns it, got {state!r:.200}")
-        form = form_of(state.replace(stop=False, log_sums=None, host=None))
+        form = form_of(self._part(state)), frozenset(state.callback_states)
         if form in self._known_forms:
             return
         optimizer_state = jax.eval_shape(self.optimizer.init, state.params)
@@ -385,7 +394,7 @@ def _check_arguments(trainer: Trainer) -> None:
         if not callable(metric):
             raise TypeError(f"metric {name!r} must be a function metric(outputs, targets), got {metric!r}")
     _check_count("gradient_accumulation_steps", trainer.gradient_accumulation_steps)
-    if trainer.max_grad_norm is not None and not trainer.max_grad_norm > 0:
+    if trainer.max_grad_norm is not None and (isinstance(trainer.max_grad_norm, str) or not trainer.max_grad_norm > 0):
         raise ValueError(f"max_grad_norm must be positive or None, got {trainer.max_grad_norm!r}")
     for name, allowed in (
         ("precision", tuple(COMPUTE_DTYPES)),
@@ -397,12 +406,5 @@ def _check_arguments(trainer: Trainer) -> None:
 
 
 def _check_count(name: str, count: Any) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
         raise ValueError(f"{name} must be a positive whole number, got {count!r}")
-
-
-def _length_of(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:
-        return None

@@ -73,6 +73,16 @@ def differences(expected: PyTree, actual: PyTree, *, dtypes: bool = True) -> lis
     return _differences_in_words(expected, actual, dtypes)
 
 
+def in_lines(lines: list[str], most: int = 10) -> str:
+    """Indent lines for an error message, at most ``most`` of them.
+
+    >>> in_lines(["a", "b", "c"], most=2)
+    '\\n  a\\n  b\\n  and 1 more'
+    """
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "".join(f"\n  {line}" for line in lines[:most] + more)
+
+
 def _same(expected: Any, actual: Any, dtypes: bool) -> bool:
     return np.shape(expected) == np.shape(actual) and (not dtypes or _dtype(expected) == _dtype(actual))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,10 @@ from ant_jax._trees import PyTree, describe, differences, named_leaves
 
 class BatchError(ValueError):
     """A loader gave a batch that cannot be trained on, or none; the message says which and why."""
+
+
+class NoBatches(BatchError):
+    """A loader gave no batch at all."""
 
 
 class ArrayLoader:
@@ -33,7 +37,7 @@ class ArrayLoader:
         drop_last: whether to leave out the last batch of an epoch when it has fewer examples than ``batch_size``.
 
     Raises:
-        ValueError: no arrays, arrays of different lengths, no examples, or a bad ``batch_size``.
+        ValueError: no arrays, arrays of different lengths, no examples, a bad ``batch_size`` or ``seed``.
 
     >>> loader = ArrayLoader((np.arange(5), np.arange(5) ** 2), batch_size=2, shuffle=False)
     >>> [inputs.tolist() for inputs, targets in loader]
@@ -59,6 +63,8 @@ class ArrayLoader:
                 f"ArrayLoader: {self._examples} examples make no batch of {batch_size}"
                 + (" when drop_last=True" if self._examples else "")
             )
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+            raise ValueError(f"ArrayLoader: seed must be a whole number from 0 on, got {seed!r}")
         self.batch_size, self.shuffle, self.seed, self.drop_last = int(batch_size), shuffle, seed, drop_last
         self._ordered: tuple[int, np.ndarray] | None = None  # the order of the epoch that was last asked for
 
@@ -134,7 +140,7 @@ class Feed:
 
     Raises:
         TypeError: the loader cannot be iterated over.
-        BatchError: it gave no batch at all.
+        NoBatches: it gave no batch.
     """
 
     def __init__(self, loader: Any, name: str, epoch: int = 0, start: int = 0, limit: int | None = None):
@@ -149,16 +155,13 @@ class Feed:
         try:
             self._first, self._form = next(self._batches)
         except StopIteration:
-            raise BatchError(self._nothing()) from None
+            raise NoBatches(self._nothing()) from None
         self.first = jax.tree.unflatten(self._form.treedef, self._first)
 
-    def __len__(self) -> int:
-        """Batches in the whole epoch, if the loader or the limit tells.
-
-        Raises:
-            TypeError: neither does.
-        """
-        return self._limit if self._limit is not None else len(self._loader)
+    @property
+    def length(self) -> int | None:
+        """Batches in the whole epoch, ``None`` when neither the loader nor the limit tells."""
+        return self._limit if self._limit is not None else length_of(self._loader)
 
     def chunks(self, rows: int | None, seconds: float) -> Iterator[Chunk]:
         """Cut the epoch into chunks.
@@ -251,8 +254,7 @@ class Feed:
         if iter(self._loader) is self._loader:
             return (
                 f"{message}: it is an iterator that has been read to its end, and an iterator can be read only once. "
-                f"Pass an iterable that starts again for every epoch (a list, an ArrayLoader, a DataLoader), or an "
-                f"endless iterator with steps_per_epoch"
+                f"{_READ_AGAIN}"
             )
         return f"{message}; it is empty"
 
@@ -302,9 +304,39 @@ class _Stack:
         return Chunk(jax.tree.unflatten(self._treedef, leaves), self.filled, self._examples, last)
 
 
+def length_of(loader: Any) -> int | None:
+    """Batches in an epoch of a loader; ``None`` when it cannot tell."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def refuse_bad_length(loader: Any, name: str, epochs: int, limit: int | None = None) -> None:
+    """Raise BatchError if it can be told beforehand that a loader will run out of batches."""
+    once = isinstance(loader, Generator) or type(loader).__module__ in ("builtins", "itertools")
+    if once and limit is None and epochs > 1 and isinstance(loader, Iterator):
+        raise BatchError(
+            f"{name} is a {type(loader).__name__}, which can be read only once, and there are {epochs} epochs to go. "
+            f"{_READ_AGAIN}"
+        )
+    batches = length_of(loader)
+    if limit is not None and batches is not None and batches < limit:
+        raise BatchError(f"{name} has {batches} batches, fewer than steps_per_epoch={limit}")
+
+
+_READ_AGAIN = (
+    "Pass an iterable that starts again for every epoch (a list, an ArrayLoader, a DataLoader), or an endless iterator "
+    "with steps_per_epoch"
+)
+
+
 def as_numpy(leaf: Any) -> np.ndarray:
     """Take a leaf of a batch through numpy: numbers, lists of numbers, torch tensors on the CPU."""
-    array = np.asarray(leaf)
+    try:
+        array = np.asarray(leaf)
+    except Exception as error:
+        raise BatchError(f"a batch holds a {type(leaf).__name__} that numpy cannot read: {error}") from error
     if array.dtype == object or array.dtype.kind in "USMm":
         raise BatchError(
             f"a batch is a pytree of numeric arrays; it holds a {type(leaf).__name__} (dtype {array.dtype})"
@@ -344,7 +376,7 @@ def _canonical_leaf(leaf: Any, name: str) -> Any:
 
 
 def batch_size_of(batch: PyTree) -> int:
-    """Examples in a batch: the length of the first axis that all leaves share; 1 when they share none.
+    """Examples in a batch: the length of the first axis that all leaves share; 1 when they share none, as in a graph.
 
     >>> batch_size_of((np.zeros((32, 64)), np.zeros(32)))
     32

@@ -41,11 +41,11 @@ def test_every_hook_can_be_given_as_a_function():
 
 def test_a_misspelt_hook_raises_when_the_callback_is_made():
     with pytest.raises(
-        TypeError, match="Callback 'typo' has no hook named 'on_epoch_edn'; did you mean 'on_epoch_end'?"
+        TypeError, match="Callback 'typo' has no hook or argument named 'on_epoch_edn'; did you mean 'on_epoch_end'?"
     ):
         ant.Callback(name="typo", on_epoch_edn=print)  # pyright: ignore[reportArgumentType]
     with pytest.raises(
-        TypeError, match="class Typo has no hook named 'on_backwards_end'; did you mean 'on_backward_end'?"
+        TypeError, match="class Typo has no hook or argument named .on_backwards_end.; did you mean 'on_backward_end'?"
     ):
 
         class Typo(ant.Callback):
@@ -79,6 +79,27 @@ def test_a_bad_every_is_refused(every):
 def test_a_traced_callback_has_no_every():
     with pytest.raises(ValueError, match="is traced, so it runs in every step; every=7 is for host ones"):
         ant.Callback(name="both", traced=True, every=7)
+
+
+def test_a_hook_that_cannot_be_called_raises_when_the_callback_is_made():
+    message = (
+        r"on_epoch_end is called with \(epoch, trainer, state, logs\), and cannot be: it takes \(epoch, trainer, logs"
+    )
+    with pytest.raises(TypeError, match=message):
+        ant.Callback(name="torch", on_epoch_end=lambda epoch, trainer, logs=None: None)
+
+    @dataclasses.dataclass(frozen=True)
+    class Torch(ant.Callback):
+        def on_train_begin(self, trainer: Any, logs: Any = None, more: Any = None, *, needed: Any) -> None: ...
+
+    with pytest.raises(TypeError, match="'torch': on_train_begin is called with"):
+        checked([Torch()])
+    with pytest.raises(TypeError, match=r"callbacks must be a sequence; write callbacks=\[...\]"):
+        checked(ant.callbacks.ema())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="has no hook or argument named 'onEpochEnd'; did you mean 'on_epoch_end'?"):
+
+        class Camel(ant.Callback):
+            def onEpochEnd(self) -> None: ...  # noqa: N802
 
 
 def test_a_list_of_callbacks_is_checked():

@@ -1,5 +1,6 @@
 """What hooks return is judged, and who is to blame is named."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -101,6 +102,49 @@ def test_gradients_keep_their_form(hook_name, change, message):
         fit_with(hook_name, lambda batch_idx, trainer, state, grads, logs: (state, change(grads), logs))
 
 
+ASSIGNMENTS = {
+    "grads": lambda state, grads: grads.update(bias=jnp.float32(0)),
+    "deleted": lambda state, grads: grads.pop("bias"),
+    "params": lambda state, grads: state.params.update(bias=jnp.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("what", ASSIGNMENTS)
+def test_changes_in_place_are_refused(what):
+    def gradient_hook(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+        ASSIGNMENTS[what](state, grads)
+        return state, grads, logs
+
+    with pytest.raises(CallbackReturnError, match="on_backward_end changed the state or the gradients in place"):
+        fit_with("on_backward_end", gradient_hook)
+
+
+def test_changes_in_place_on_the_host_are_refused():
+    def assign(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        state.params["bias"] = jnp.zeros(3)
+        return state, logs
+
+    def remember(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        state.callback_states["bad"].append(epoch)
+        return state, logs
+
+    with pytest.raises(CallbackReturnError, match="on_epoch_end changed the state or the gradients in place"):
+        fit_with("on_epoch_end", assign)
+    with pytest.raises(CallbackReturnError, match="in place"):
+        fit_with("on_epoch_end", remember, init=lambda state: [])
+
+
+@pytest.mark.parametrize("use", [lambda x, b: [1, 2][b], lambda x, b: x[x > 0], lambda x, b: np.asarray(x)])
+def test_other_uses_of_a_traced_value_get_the_remedy(use):
+    def hook(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+        use(grads["bias"], batch_idx)
+        return state, grads, logs
+
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011  # JAX has a type for each
+        fit_with("on_backward_end", hook)
+    assert any("write jnp.where" in note for note in caught.value.__notes__)
+
+
 def test_a_python_if_in_a_traced_hook_gets_the_remedy():
     def hook(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
         return (state, jax.tree.map(jnp.zeros_like, grads), logs) if logs["loss"] > 1 else (state, grads, logs)
@@ -123,11 +167,15 @@ def test_the_host_fields_are_out_of_reach_inside_the_step():
 
 
 def test_the_trainer_keeps_epoch_position_and_history():
-    from ant_jax._state import moved
-
     for field in ({"epoch": 7}, {"batch_idx": 3}, {"history": ant.History()}):
         with pytest.raises(CallbackReturnError, match="those are the trainer's. To end the run early"):
-            fit_with("on_epoch_end", lambda e, t, state, logs, field=field: (moved(state, **field), logs))
+            fit_with(
+                "on_epoch_end",
+                lambda e, t, state, logs, field=field: (
+                    state.replace(host=dataclasses.replace(state.host, **field)),
+                    logs,
+                ),
+            )
 
 
 def test_the_key_never_changes_inside_the_step():

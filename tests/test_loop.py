@@ -117,7 +117,13 @@ def test_after_an_exception_comes_on_exception_and_nothing_else(event):
 def test_the_note_names_epoch_and_batch():
     with pytest.raises(RuntimeError) as caught:
         run([], fail_at=("on_batch_end", 2))
-    assert caught.value.__notes__ == ["in on_batch_end of callback 'recorder' (epoch 0, batch 2)"]
+    assert caught.value.__notes__ == [
+        "in on_batch_end of callback 'recorder' (epoch 0, batch 2)",
+        "the state of the run as it was then is this exception's attribute train_state",
+    ]
+    state: Any = caught.value.train_state  # pyright: ignore[reportAttributeAccessIssue]
+    three = trainer().fit(trainer().init(batches()[0]), batches(3), 1)[0]
+    assert_bit_equal(state, three, "params", "step")
 
 
 def test_a_failing_on_exception_hides_neither_the_error_nor_the_others():
@@ -163,6 +169,26 @@ def test_windows_hold_every_batch_once_and_pair_begin_with_end(every):
     if every:
         ends = [i for name, *lead in log if name == "on_batch_end" for i in lead]
         assert ends == 2 * [i for i in range(8) if (i + 1) % every == 0 or i == 7]
+
+
+def test_a_window_that_a_run_goes_on_in_has_what_is_left_of_it():
+    seen: list[tuple[int, int]] = []
+    kept: list[Any] = []
+
+    def look(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        seen.append((batch_idx, len(logs.window["loss"])))
+        return state, logs
+
+    def keep(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        kept.append(state)
+        return state, logs
+
+    a_trainer, keeper = trainer(host(every=10, on_batch_end=look)), trainer(host(on_batch_end=keep))
+    keeper.fit(keeper.init(batches()[0]), batches(25), 1)
+    for done, expected in ((13, [(19, 7), (24, 5)]), (20, [(24, 5)]), (22, [(24, 3)])):
+        seen.clear()
+        a_trainer.fit(kept[done - 1], batches(25), 1)
+        assert seen == expected
 
 
 def by_hand(
@@ -293,6 +319,43 @@ def test_a_later_callback_sees_what_an_earlier_one_published():
     assert history[0]["train_half_lr"] == 0.25
 
 
+def test_a_callback_that_only_begins_batches_may_publish():
+    a_trainer = trainer(host(on_batch_begin=lambda b, t, state, logs: (state, {**logs, "b": b, "i": state.step})))
+    _, history = a_trainer.fit(a_trainer.init(batches()[0]), batches(3), 1)
+    assert (history[0]["train_b"], history[0]["train_i"]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_stop_inside_an_accumulation_window_lets_it_close(fuse, traced):
+    def stop(batch_idx: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        return state.request_stop(when=batch_idx == 4), logs
+
+    options: dict[str, Any] = {"gradient_accumulation_steps": 3, "fuse": fuse}
+    a_trainer = trainer(ant.Callback(name="stop", traced=traced, on_batch_end=stop), **options)
+    state, _ = a_trainer.fit(a_trainer.init(batches()[0]), batches(20), 2)
+    assert int(state.step) == 6 and not state.window_open
+    six = trainer(**options)
+    expected, _ = six.fit(six.init(batches()[0]), batches(20)[:6], 1)
+    assert_bit_equal(state, expected, "params")
+
+
+def test_a_stop_at_the_beginning_of_an_epoch_comes_after_its_first_batch():
+    state, history = run([], stop_at=("on_epoch_begin", 1))
+    assert int(state.step) == 4
+    assert [list(logs) for logs in history] == 2 * [["train_loss", "val_loss"]]
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_the_loop_makes_no_implicit_transfer(fuse):
+    loader = ant.ArrayLoader(data(5 * BATCH + 2), BATCH)
+    callbacks = [ant.callbacks.gradient_norm(), ant.callbacks.ema(), ant.callbacks.early_stopping()]
+    a_trainer = trainer(*callbacks, identity(traced=False, every=2), fuse=fuse, gradient_accumulation_steps=2)
+    state = a_trainer.init(next(iter(loader)))
+    with jax.transfer_guard("disallow"):
+        a_trainer.fit(state, loader, 3, loader)
+
+
 @dataclasses.dataclass(frozen=True)
 class StopWhenSmall(ant.Callback):
     """A traced callback that asks to stop in the middle of a launch."""
@@ -346,12 +409,14 @@ def test_fit_goes_on_inside_an_epoch():
     keeper = trainer(host("keep", on_batch_end=keep), optimizer=adam())
     keeper.fit(start, loader, 2)
     resumer = trainer(recorder(log, every=3), optimizer=adam())
-    for middle in (kept[2], kept[5], kept[9]):
+    for middle in kept:
         log.clear()
         state, same_history = resumer.fit(middle, loader, 2)
         assert_bit_equal(state, expected)
         assert same_history == history
-        assert spelled(log).startswith("TB")  # the epoch has begun already
+        assert not spelled(log).startswith("TE")  # the epoch has begun already
+    with pytest.raises(ant.StateMismatch, match="state.log_sums is not of the form that this trainer, going on inside"):
+        trainer(ant.callbacks.gradient_norm(), optimizer=adam()).fit(kept[2], loader, 2)
 
 
 def test_hooks_know_the_length_of_the_run():

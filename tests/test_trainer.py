@@ -1,7 +1,7 @@
 """The trainer's arguments and methods, by hand and in fit."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -88,12 +88,12 @@ def test_bad_counts(arguments, message):
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "optimizer": ({"optimizer": adam()}, "opt_state does not fit this trainer's optimizer"),
+    "optimizer": ({"optimizer": adam()}, "state.opt_state is not of the form that this trainer's optimizer needs"),
     "window": (
         {"gradient_accumulation_steps": 2},
-        "accumulator does not fit this trainer's gradient_accumulation_steps",
+        "state.accumulator is not of the form that this trainer's gradient_accumulation_steps needs",
     ),
-    "precision": ({"precision": "float16"}, "loss_scale does not fit this trainer's precision"),
+    "precision": ({"precision": "float16"}, "state.loss_scale is not of the form that this trainer's precision needs"),
     "callbacks": ({"callbacks": [ant.callbacks.ema()]}, r"memories of callbacks \['ema'\], and those of this trainer"),
 }
 
@@ -115,10 +115,11 @@ def test_the_state_of_another_model_is_refused():
     a_trainer = trainer()
     state = a_trainer.init(narrow[0])
     with pytest.raises(
-        StateMismatch, match=r"params does not fit(.|\n)*kernel: expected float32\[4,3\], got float32\[2,3\]"
+        StateMismatch,
+        match=r"state.params is not of the form(.|\n)*kernel: expected float32\[4,3\], got float32\[2,3\]",
     ):
         a_trainer.fit(state, batches(), 1)
-    with pytest.raises(StateMismatch, match=r"params does not fit the model(.|\n)*bias: missing"):
+    with pytest.raises(StateMismatch, match=r"state.params is not of the form(.|\n)*bias: missing"):
         a_trainer.init(batches()[0], params={"kernel": jnp.zeros((4, 3))})
 
 
@@ -160,7 +161,7 @@ def test_predict():
     assert (outputs.shape, outputs.dtype) == ((21, CLASSES), jnp.float32)
     np.testing.assert_allclose(outputs, apply(state.params, {}, inputs, None)[0], atol=0.05)
     np.testing.assert_array_equal(outputs, a_trainer.predict(state, inputs))
-    with pytest.raises(ValueError, match="predict: there are no examples in inputs of"):
+    with pytest.raises(ValueError, match="predict: inputs must be as many examples in each array"):
         a_trainer.predict(state, inputs[:0])
 
 
@@ -177,7 +178,7 @@ def test_train_step_by_hand_is_fit(accumulate):
         losses.append(logs["loss"])
         assert set(logs) == {"batch_size", "loss", "grad_norm"}
     assert_bit_equal(state, expected)
-    assert state.batch_idx == 4
+    assert (state.epoch, state.batch_idx) == (0, 0)  # by hand there are no epochs
     np.testing.assert_allclose(np.mean(losses), history[0]["train_loss"], rtol=1e-6)
     for old, new in zip(before, leaves_of(start), strict=True):
         np.testing.assert_array_equal(old, new)
@@ -195,6 +196,79 @@ def test_grad_step_is_the_plain_gradient():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), grads, expected)
         assert {"loss", "accuracy"} <= set(logs)
         assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+
+
+def test_fit_takes_up_a_state_that_was_trained_by_hand():
+    a_trainer = trainer(optimizer=adam())
+    state = a_trainer.init(batches()[0])
+    for batch in batches(3):
+        state, _ = a_trainer.train_step(state, batch)
+    state, history = a_trainer.fit(state, batches(2), 2)
+    assert (int(state.step), len(history)) == (7, 2)
+
+
+def test_hooks_by_hand_are_given_the_step():
+    publish = ant.Callback(
+        name="publish", traced=True, on_batch_begin=lambda b, t, state, logs: (state, {**logs, "b": b})
+    )
+    a_trainer = trainer(publish)
+    state = a_trainer.init(batches()[0])
+    for i in range(3):
+        state, logs = a_trainer.train_step(state, batches()[0])
+        assert int(logs["b"]) == i
+
+
+def test_by_hand_a_users_own_jit_traces_once():
+    traces: list[int] = []
+
+    @jax.jit
+    def norm(state: ant.TrainState) -> Any:
+        traces.append(1)
+        return optax.tree.norm(state.params)
+
+    a_trainer = trainer()
+    state = a_trainer.init(batches()[0])
+    for batch in batches(4):
+        state, _ = a_trainer.train_step(state, batch)
+        norm(state)
+    assert len(traces) == 1
+
+
+def test_an_optimizer_may_ask_for_the_loss():
+    def scale_by_loss() -> optax.GradientTransformationExtraArgs:
+        def update(updates: Any, state: Any, params: Any = None, *, value: Any, **extra: Any) -> Any:
+            return jax.tree.map(lambda u: u * value, updates), state
+
+        return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), cast(Any, update))
+
+    a_trainer = trainer(optimizer=optax.chain(scale_by_loss(), optax.sgd(0.1)))
+    start = a_trainer.init(batches()[0])
+    grads, logs = a_trainer.grad_step(start, batches()[0])
+    state, _ = a_trainer.train_step(start, batches()[0])
+    expected = jax.tree.map(lambda p, g: p - 0.1 * logs["loss"] * g, start.params, grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.params, expected)
+
+
+def test_random_keys_of_a_callback_are_its_own():
+    state = trainer().init(batches()[0])
+    keys = [state.random_key("a"), state.random_key("b"), state.replace(step=state.step + 1).random_key("a")]
+    keys += [jax.random.fold_in(state.key, state.step), state.key]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 5
+    assert state.random_key("a") == keys[0]
+
+
+def test_a_model_that_returns_something_else_is_explained():
+    init, _ = LINEAR
+    with pytest.raises(TypeError, match=r"the model's init must return \(params, model_state\), got bias: float32"):
+        trainer(model=(lambda key, x: init(key, x)[0], apply)).init(batches()[0])
+    bad = trainer(model=(init, lambda p, s, x, key: x))
+    with pytest.raises(TypeError, match=r"the model's apply must return \(outputs, model_state\), got float32\[8,4\]"):
+        bad.fit(bad.init(batches()[0]), batches(), 1)
+    with pytest.raises(TypeError, match="criterion needs batches of the form"):
+        trainer().init(batches()[0][0])
+    with pytest.raises(IndexError) as caught:
+        trainer(model=(lambda key, x: x["nothing"][3], apply), criterion=None, loss_fn=apply).init((np.ones(3),))
+    assert any("in the model's init, called with inputs 0: float32[3]" in note for note in caught.value.__notes__)
 
 
 def test_a_state_is_a_pytree_that_users_may_jit_map_and_copy():

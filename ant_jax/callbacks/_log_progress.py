@@ -45,9 +45,9 @@ def log_progress(
     50
     """
     # Clock readings and a line that waits to be printed: nothing of them decides the run, so no memory keeps them.
-    times = {"epoch": 0.0, "line": 0.0}
-    waiting: list[tuple[int, Any, int]] = []
-    window = {"from": 0, "batch_size": 0}
+    began = {"epoch": 0.0, "line": 0.0}
+    first = {"batch_size": 0}
+    waiting: list[tuple[str, Any]] = []
 
     def say(line: str) -> None:
         if printer is not None:
@@ -57,48 +57,52 @@ def log_progress(
 
             tqdm.write(line)
 
-    def print_waiting(trainer: Any) -> float:
-        """Print the line that waits; returns the seconds that its batches took."""
-        if not waiting:
-            return 0.0
-        batch_idx, logs, examples = waiting.pop()
-        means = {log: np.mean(values) for log, values in logs.window.items() if np.ndim(values) == 1}
-        now = clock()
-        seconds, times["line"] = max(now - times["line"], 1e-9), now
-        total = f"/{trainer.steps_per_epoch}" if trainer.steps_per_epoch else ""
-        say(f"  batch {batch_idx + 1}{total}: {_in_words(means)} ({examples / seconds:,.0f} examples/s)")
-        return seconds
+    def print_waiting() -> None:
+        while waiting:
+            place, logs = waiting.pop()
+            window = {log: values for log, values in logs.window.items() if np.ndim(values) == 1}
+            now = clock()
+            # Only the last batch of a window may be shorter than the others.
+            examples = (len(window["loss"]) - 1) * first["batch_size"] + logs["batch_size"]
+            rate = examples / max(now - began["line"], 1e-9)
+            say(f"  {place}: {_in_words({log: np.mean(v) for log, v in window.items()})} ({rate:,.0f} examples/s)")
+            began["line"] = now
+
+    def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
+        del trainer
+        waiting.clear()
+        began["epoch"] = began["line"] = clock()
+        return state, logs
 
     def on_epoch_begin(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
-        waiting.clear()
-        times["epoch"] = times["line"] = clock()
+        began["epoch"] = began["line"] = clock()
         say(f"epoch {epoch + 1}/{trainer.num_epochs}")
         return state, logs
 
     def on_batch_begin(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        window["from"], window["batch_size"] = batch_idx, logs["batch_size"]
+        del batch_idx, trainer
+        first["batch_size"] = logs["batch_size"]
         return state, logs
 
     def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
-        # Reading the logs waits for the device, which then waits for its next launch. So while lines come fast, each is
-        # printed when the next one is due, by when its values are there.
-        seconds = print_waiting(trainer)
-        # Only the last batch of a window may be shorter than the others.
-        examples = (batch_idx - window["from"]) * window["batch_size"] + logs["batch_size"]
-        waiting.append((batch_idx, logs, examples))
-        if seconds > _LATE_SECONDS:
-            print_waiting(trainer)
+        print_waiting()
+        total = f"/{trainer.steps_per_epoch}" if trainer.steps_per_epoch else ""
+        waiting.append((f"batch {batch_idx + 1}{total}", logs))
+        # Reading logs that are not there yet waits for the device, and then the device for its next launch. So while
+        # lines come fast, such a line waits for the next one, by when its values are there.
+        if logs["loss"].is_ready() or clock() - began["line"] > _LATE_SECONDS:
+            print_waiting()
         return state, logs
 
     def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        print_waiting(trainer)
+        del trainer
+        print_waiting()
         return state, logs
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
-        print_waiting(trainer)
-        seconds = clock() - times["epoch"]
-        say(f"epoch {epoch + 1}/{trainer.num_epochs} took {seconds:.2f} s: {_in_words(logs)}")
+        print_waiting()
+        values = _in_words(logs)
+        say(f"epoch {epoch + 1}/{trainer.num_epochs} took {clock() - began['epoch']:.2f} s: {values}")
         return state, logs
 
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
@@ -106,15 +110,22 @@ def log_progress(
             say(f"stopped after epoch {state.epoch} of {trainer.num_epochs}, as a callback asked")
         return state, logs
 
+    def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
+        del exception, trainer
+        print_waiting()
+        return state, logs
+
     return Callback(
         name=name,
         every=every,
+        on_train_begin=on_train_begin,
         on_epoch_begin=on_epoch_begin,
         on_batch_begin=on_batch_begin,
         on_batch_end=on_batch_end,
         on_evaluate_begin=on_evaluate_begin,
         on_epoch_end=on_epoch_end,
         on_train_end=on_train_end,
+        on_exception=on_exception,
     )
 
 

@@ -24,8 +24,9 @@ def progress_bar(
     """Show a progress bar over the whole run: loss and metrics, steps per second, the time left.
 
     In a terminal and in a notebook it is a tqdm bar, drawn at most ten times a second; in a file or a pipe, a line of
-    the same content at most every ten seconds, and one at the end. It says when a program is being compiled: before the
-    first batch, and before the first evaluation. It looks whenever the host has control, and reads logs only to draw.
+    the same content at the beginning, at most every ten seconds, and at the end. It says when a program is being
+    compiled: before the first batch, and before the first evaluation. It looks whenever the host has control, and reads
+    logs only to draw.
 
     Args:
         file: where to write; by default, standard error.
@@ -95,7 +96,7 @@ class _Bar:
         self._first_epoch, self._epoch = state.epoch, state.epoch
         self._initial: int = (self._steps_per_epoch or 0) * state.epoch + state.batch_idx
         self._steps, self._steps_before = self._initial, self._initial - state.batch_idx
-        self._description, self._values, self._epoch_values = "compiling", "", {}
+        self._description, self._logs, self._val_logs = "compiling", {}, {}
         self._evaluated = False
         self._began = self._drawn = clock()
         on_screen = file.isatty() or "ipykernel" in sys.modules
@@ -111,12 +112,14 @@ class _Bar:
                 mininterval=0,
                 dynamic_ncols=True,
             )
+        else:
+            self._draw()
 
     def batch_done(self, epoch: int, batch_idx: int, logs: Mapping[str, Any]) -> None:
         self._steps = self._steps_before + batch_idx + 1
-        self._epoch = epoch
+        self._epoch, self._logs = epoch, logs
         self._description = f"epoch {epoch + 1}/{self._epochs}"
-        self._draw_if_due(logs)
+        self._draw_if_due()
 
     def evaluating(self) -> None:
         doing = "evaluating" if self._evaluated else "compiling evaluation"
@@ -128,9 +131,10 @@ class _Bar:
         self._steps_before = self._steps
         if self._steps_per_epoch is None and not state.stop:
             self._steps_per_epoch = state.batch_idx  # now it is known
-        self._epoch_values = {name: value for name, value in logs.items() if name.startswith("val_")}
-        self._description = f"epoch {state.epoch + 1}/{self._epochs}"
-        self._draw_if_due({})
+        self._logs = {name.removeprefix("train_"): log for name, log in logs.items() if name.startswith("train_")}
+        self._val_logs = {name: log for name, log in logs.items() if not name.startswith("train_")}
+        self._description = f"epoch {state.epoch + 1}/{self._epochs}" + (", stopped" if state.stop else "")
+        self._draw_if_due()
 
     def close(self) -> None:
         self._draw()
@@ -140,14 +144,12 @@ class _Bar:
     def _total(self) -> int | None:
         return None if self._steps_per_epoch is None else self._steps_per_epoch * self._epochs
 
-    def _draw_if_due(self, logs: Mapping[str, Any]) -> None:
+    def _draw_if_due(self) -> None:
         if self._clock() - self._drawn >= self._seconds:
-            if logs:
-                self._values = _in_short(logs)
             self._draw()
 
     def _draw(self) -> None:
-        values = ", ".join(filter(None, [self._values, _in_short(self._epoch_values)]))
+        values = _in_short({**self._logs, **self._val_logs})
         self._drawn = self._clock()
         if self._bar is not None:
             self._bar.total = self._total()

@@ -56,6 +56,25 @@ def test_it_says_that_the_run_was_stopped():
     assert printed[-1] == "stopped after epoch 1 of 5, as a callback asked"
 
 
+def test_evaluation_after_a_run_that_failed_prints_nothing_of_it():
+    printed: list[str] = []
+
+    def boom(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        if batch_idx == 2:
+            raise RuntimeError("boom")
+        return state, logs
+
+    a_trainer = trainer(
+        ant.callbacks.log_progress(2, printer=printed.append), ant.Callback(name="b", on_batch_end=boom)
+    )
+    state = a_trainer.init(batches()[0])
+    with pytest.raises(RuntimeError, match="boom"):
+        a_trainer.fit(state, batches(), 1)
+    before = list(printed)
+    a_trainer.evaluate(state, batches(1))
+    assert printed == before and "batch 2/5" in printed[-1]
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="every must be a whole number of batches or None, got 0"):
         ant.callbacks.log_progress(0)

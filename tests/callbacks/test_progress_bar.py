@@ -41,7 +41,9 @@ def test_on_a_screen_it_shows_steps_values_rate_and_time_left():
 
 def test_in_a_file_it_writes_lines_now_and_then():
     rare = run(io.StringIO(), seconds=0.001).splitlines()
-    assert len(rare) == 1 and rare[0].startswith("epoch 2/2: 100%") and "val_loss=" in rare[0]
+    assert len(rare) == 2
+    assert rare[0].startswith("compiling:   0%")
+    assert rare[1].startswith("epoch 2/2: 100%") and " loss=" in rare[1] and "val_loss=" in rare[1]
     often = run(io.StringIO(), seconds=60.0).splitlines()
     assert len(often) > 3 and not any("\r" in line for line in often)
 
@@ -60,6 +62,16 @@ def test_a_stream_without_a_length():
 
     assert "6/6" in run(io.StringIO(), 0.001, loader=endless())
     assert "3/3" in run(io.StringIO(), 0.001, loader=iter(batches(3)), epochs=1)
+
+
+def test_it_shows_the_latest_values_and_that_the_run_was_stopped():
+    file = Screen()
+    stop = host("stop", on_epoch_end=lambda e, t, state, logs: (state.request_stop() if e == 2 else state, logs))
+    a_trainer = trainer(stop, ant.callbacks.progress_bar(file=file, clock=lambda: 0.0))  # nothing but the end is due
+    _, history = a_trainer.fit(a_trainer.init(batches()[0]), batches(3), 9, batches(1))
+    last = file.getvalue().split("\r")[-1]
+    assert last.startswith("epoch 3/9, stopped")
+    assert f" loss={history[-1]['train_loss']:.4g}" in last and f"val_loss={history[-1]['val_loss']:.4g}" in last
 
 
 def test_evaluate_by_itself_shows_none():
