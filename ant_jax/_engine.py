@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import functools
 import time
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,7 @@ from jax import lax
 from ant_jax._interrupt import LaunchGuard
 from ant_jax._live import DevicePart, Live, device_part
 from ant_jax._models import PureModel, initialized
-from ant_jax._state import TrainState, refuse_mismatch
+from ant_jax._state import TrainState, refuse_mismatch, scalar
 from ant_jax._step import Step
 from ant_jax._sums import LogSums, PackedLogs, pack, zero_sums
 from ant_jax._trees import PyTree
@@ -114,7 +113,7 @@ class TrainProgram:
         self.may_stop = traced.out_info.stop is not None
         self.fused = _is_fused(fuse, traced.jaxpr)
         self.pace = Pace()
-        self._structure = jax.tree.structure(part._replace(log_sums=zero_sums(self.logs)))
+        self._structure = jax.tree.structure(part._replace(log_sums=jax.eval_shape(zero_sums, self.logs)))
         self._key_impl = jax.random.key_impl(key)
         self._window_steps, self._guard = step.accumulation_steps, guard
         self._one = jax.jit(self._run_alone, donate_argnums=0)
@@ -269,7 +268,7 @@ class Programs:
         """Raise StateMismatch unless the model could have made these parameters for these inputs."""
         form = form_of((params, inputs))
         if form not in self._fitting:
-            expected, _ = initialized(self._model, jax.eval_shape, jax.random.key(0), inputs)
+            expected, _ = initialized(self._model, jax.eval_shape, jax.eval_shape(jax.random.key, 0), inputs)
             refuse_mismatch("params", expected, params, "this trainer's model, for these inputs,", dtypes=False)
             self._fitting.add(form)
 
@@ -354,12 +353,6 @@ def _listed(value: Any) -> Any:
 
 def _is_fused(fuse: Fuse, jaxpr: Any) -> bool:
     return fuse if isinstance(fuse, bool) else not slow_in_loops(jaxpr)
-
-
-@functools.lru_cache(maxsize=1024, typed=True)  # True and 1 are different scalars
-def scalar(value: bool | int) -> jax.Array:
-    """A scalar on the device; kept, since a fresh transfer costs as much as a small step."""
-    return jax.device_put(np.bool_(value) if isinstance(value, bool) else np.int32(value))
 
 
 def form_of(tree: Any) -> Any:

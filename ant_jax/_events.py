@@ -23,7 +23,7 @@ from ant_jax._callback import (
     in_step,
 )
 from ant_jax._logs import Logs
-from ant_jax._state import TrainState, strong
+from ant_jax._state import TrainState, scalar, strong
 from ant_jax._trees import PyTree, describe, differences, in_lines
 
 
@@ -165,6 +165,7 @@ class _Compiled:
         memories = {name: memory for name, memory in state.callback_states.items() if name in self._device_names}
         leaves, treedef = jax.tree.flatten(state.replace(callback_states=memories, host=None, stop=None))
         values = {name: value for name, value in logs.items() if _is_number(value)}
+        lead = [scalar(epoch) for epoch in lead]
         changed, stop, published = self._compiled(treedef, lead, leaves, values)
         leaves = [changed.get(str(i), leaf) for i, leaf in enumerate(leaves)]
         stop = bool(state.stop) or (stop is not None and bool(stop))

@@ -87,7 +87,12 @@ class Live:
     def put(self, state: TrainState) -> None:
         """Make ``state`` the one that goes on."""
         memories = state.callback_states
-        self._host_memories = {name: memory for name, memory in memories.items() if name not in self._device_names}
+        # New containers, so that nothing that a hook does to them reaches the caller's state.
+        self._host_memories = {
+            name: jax.tree.map(lambda leaf: leaf, memory)
+            for name, memory in memories.items()
+            if name not in self._device_names
+        }
         self.host: HostFields = state.on_host()
         self.stop = bool(state.stop)
         self.key = state.key

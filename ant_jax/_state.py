@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from flax.training.dynamic_scale import DynamicScale
 
@@ -182,6 +184,12 @@ class TrainState:
                 f"batch_idx that the hook is given, or write a host callback (traced=False)"
             )
         return self.host
+
+
+@functools.lru_cache(maxsize=1024, typed=True)  # True and 1 are different scalars
+def scalar(value: bool | int) -> jax.Array:
+    """A scalar on the device; kept, since a fresh transfer costs as much as a small step."""
+    return jax.device_put(np.bool_(value) if isinstance(value, bool) else np.int32(value))
 
 
 def strong(leaf: Any, like: Any = None) -> jax.Array:

@@ -16,13 +16,13 @@ import optax
 from flax.training.dynamic_scale import DynamicScale
 
 from ant_jax._callback import Callback
-from ant_jax._engine import Fuse, Programs, form_of, scalar
+from ant_jax._engine import Fuse, Programs, form_of
 from ant_jax._events import Events, initial_memories
 from ant_jax._history import History, to_python
 from ant_jax._live import DevicePart, device_part
 from ant_jax._loop import Loop, evaluate
 from ant_jax._models import PureModel, applied, initialized, pure_functions
-from ant_jax._state import Accumulator, HostFields, StateMismatch, TrainState, refuse_mismatch, strong
+from ant_jax._state import Accumulator, HostFields, StateMismatch, TrainState, refuse_mismatch, scalar, strong
 from ant_jax._step import COMPUTE_DTYPES, STEP_LOGS, LossFn, Step, cast_floating, criterion_loss, general_loss
 from ant_jax._trees import PyTree, describe_tree
 from ant_jax.callbacks import progress_bar
@@ -190,7 +190,9 @@ class Trainer:
             stop=False,
             host=HostFields(),
         )
-        return state.replace(callback_states=initial_memories(self._events.callbacks, state))
+        state = state.replace(callback_states=initial_memories(self._events.callbacks, state))
+        self._known_forms.add(self._form(state))
+        return state
 
     def fit(
         self,
@@ -333,6 +335,9 @@ class Trainer:
     def _part(self, state: TrainState) -> DevicePart:
         return device_part(state, self._events.device_names)._replace(log_sums=None)
 
+    def _form(self, state: TrainState) -> Any:
+        return form_of(self._part(state)), frozenset(state.callback_states)
+
     def _running(self, fact: str) -> tuple[int, int | None]:
         if self._run is None:
             raise RuntimeError(
@@ -356,7 +361,7 @@ class Trainer:
         """Raise unless this trainer could have made the state; each form of state is looked at once."""
         if not isinstance(state, TrainState):
             raise TypeError(f"state must be a TrainState, as trainer.init returns it, got {state!r:.200}")
-        form = form_of(self._part(state)), frozenset(state.callback_states)
+        form = self._form(state)
         if form in self._known_forms:
             return
         optimizer_state = jax.eval_shape(self.optimizer.init, state.params)

@@ -182,7 +182,7 @@ def test_the_key_never_changes_inside_the_step():
     def hook(batch_idx: Any, trainer: Any, state: Any, logs: Any) -> Any:
         return state.replace(key=jax.random.split(state.key)[0]), logs
 
-    with pytest.raises(CallbackReturnError, match=r"draw from jax.random.fold_in\(state.key, state.step\)"):
+    with pytest.raises(CallbackReturnError, match=r"draw from state.random_key\(name\)"):
         fit_with("on_batch_end", hook, traced=True)
 
 

@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(ant_jax.__file__).parent
 
 # Bottom to top: a module may import those above its own line.
 LAYERS = [
-    {"_trees"},
+    {"_trees", "_interrupt"},
     {"_history", "_logs", "_sums", "_models", "metrics"},
     {"_state", "data"},
     {"_callback"},

@@ -249,7 +249,7 @@ def test_a_wrong_criterion_metric_or_loss_is_explained(case, compilations):
     options, kind, message = CRITERIA[case]
     a_trainer = trainer(**{key: value for key, value in options.items() if key != "loader"})
     loader = options.get("loader", batches(2))
-    state = a_trainer.init(loader[0])
+    state = a_trainer.init(batches()[0])
     compilations.reset()
     with pytest.raises(kind) as caught:
         a_trainer.fit(state, loader, 1)

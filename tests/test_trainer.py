@@ -266,8 +266,8 @@ def test_a_model_that_returns_something_else_is_explained():
         bad.fit(bad.init(batches()[0]), batches(), 1)
     with pytest.raises(TypeError, match="criterion needs batches of the form"):
         trainer().init(batches()[0][0])
-    with pytest.raises(IndexError) as caught:
-        trainer(model=(lambda key, x: x["nothing"][3], apply), criterion=None, loss_fn=apply).init((np.ones(3),))
+    with pytest.raises(TypeError) as caught:
+        trainer(model=(lambda key, x: x["nothing"], apply), criterion=None, loss_fn=apply).init((np.ones(3),))
     assert any("in the model's init, called with inputs 0: float32[3]" in note for note in caught.value.__notes__)
 
 
