@@ -96,7 +96,6 @@ class TrainProgram:
         guard: holds Ctrl-C back during a launch.
 
     Attributes:
-        single: ``step.train_step``, compiled, leaving its arguments intact.
         logs: the logs that every step returns, as shapes and dtypes.
         may_stop: whether a traced hook can end a launch early.
         fused: see ``fuse``.
@@ -105,17 +104,19 @@ class TrainProgram:
     """
 
     def __init__(self, step: Step, part: DevicePart, key: jax.Array, batch: PyTree, fuse: Fuse, guard: LaunchGuard):
-        self.single = jax.jit(step.train_step)
+        self._step = jax.jit(step.train_step)
         state, batch = _avals(part.state(key)), _avals(batch)
-        # The one time that the step is traced: the programs below call `single`, and meet the trace in jit's cache.
-        traced = self.single.trace(state, batch, _aval(jnp.int32), _aval(jnp.bool_))
+        # The one time that the step is traced: the programs below call `_step`, and meet the trace in jit's cache.
+        traced = self._step.trace(state, batch, _aval(jnp.int32), _aval(jnp.bool_))
         self.logs: dict[str, jax.ShapeDtypeStruct] = traced.out_info.logs
         self.may_stop = traced.out_info.stop is not None
         self.fused = _is_fused(fuse, traced.jaxpr)
         self.pace = Pace()
+        self._structure_between_epochs = jax.tree.structure(part)
         self._structure = jax.tree.structure(part._replace(log_sums=jax.eval_shape(zero_sums, self.logs)))
         self._key_impl = jax.random.key_impl(key)
         self._window_steps, self._guard = step.accumulation_steps, guard
+        self._by_hand = jax.jit(self._run_by_hand)
         self._one = jax.jit(self._run_alone, donate_argnums=0)
         self._many = jax.jit(self._run_many, donate_argnums=0)
         self.begin_epoch = jax.jit(lambda window: (zero_sums(self.logs), jax.tree.map(jnp.zeros_like, window)))
@@ -147,10 +148,26 @@ class TrainProgram:
         live.advance(launch.steps)
         return launch
 
+    def step_by_hand(self, part: DevicePart, key_data: jax.Array, batch: PyTree) -> tuple[DevicePart, Any, Any]:
+        """Train on one batch and leave ``part`` intact; ``batch_idx`` is the step's number.
+
+        Returns:
+            The part after the step, whether a traced hook asked to stop (``None`` when none can), and the logs.
+        """
+        leaves, structure = jax.tree.flatten(part)
+        leaves, stop, logs = self._by_hand(leaves, key_data, batch)
+        return jax.tree.unflatten(structure, leaves), stop, logs
+
+    def _run_by_hand(self, leaves: list[Any], key_data: Any, batch: PyTree) -> tuple[Any, ...]:
+        part: DevicePart = jax.tree.unflatten(self._structure_between_epochs, leaves)
+        key = jax.random.wrap_key_data(key_data, impl=self._key_impl)
+        state, stop, logs, _ = self._step(part.state(key), batch, part.step, jnp.bool_(False))
+        return jax.tree.leaves(device_part(state)), stop, logs
+
     def _run_one(self, leaves: list[Any], key_data: Any, batch: PyTree, batch_idx: Any, last: Any) -> tuple[Any, ...]:
         part: DevicePart = jax.tree.unflatten(self._structure, leaves)
         state = part._replace(log_sums=None).state(jax.random.wrap_key_data(key_data, impl=self._key_impl))
-        state, stop, logs, counts = self.single(state, batch, batch_idx, last)
+        state, stop, logs, counts = self._step(state, batch, batch_idx, last)
         packed = pack(logs)
         log_sums = part.log_sums.add(packed, counts)
         return jax.tree.leaves(device_part(state)._replace(log_sums=log_sums)), stop, packed
@@ -242,6 +259,7 @@ class Programs:
         self._fuse: Fuse = fuse
         self.guard = LaunchGuard()
         self._fitting: set[Any] = set()
+        self._key: tuple[Any, Any] = (None, None)
         self._train: dict[Any, TrainProgram] = {}
         self._evaluation: dict[Any, EvaluationProgram] = {}
 
@@ -263,6 +281,12 @@ class Programs:
             self.check_params(state.params, inputs_of(batch))
             self._evaluation[key] = EvaluationProgram(self._step, state.params, state.model_state, batch, self._fuse)
         return self._evaluation[key]
+
+    def key_data_of(self, key: jax.Array) -> jax.Array:
+        """Return a key as plain numbers; those of the last key are kept, since a run has but one."""
+        if key is not self._key[0]:
+            self._key = key, jax.random.key_data(key)
+        return self._key[1]
 
     def check_params(self, params: PyTree, inputs: PyTree) -> None:
         """Raise StateMismatch unless the model could have made these parameters for these inputs."""
@@ -356,9 +380,9 @@ def _is_fused(fuse: Fuse, jaxpr: Any) -> bool:
 
 
 def form_of(tree: Any) -> Any:
-    """Structure, shapes and dtypes of a tree, as a key for a dictionary."""
+    """Structure, shapes and dtypes of a tree of arrays, as a key for a dictionary."""
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef, tuple((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
+    return treedef, tuple([leaf.shape for leaf in leaves]), tuple([leaf.dtype for leaf in leaves])
 
 
 def _aval(dtype: Any) -> jax.ShapeDtypeStruct:

@@ -205,10 +205,15 @@ def _call(
 ) -> tuple[Any, ...]:
     """Call one hook of one callback, judge what it returns, and add the blame to what it raises."""
     try:
-        before = jax.tree.leaves(given[:-1])
+        before = _assignable(name, given)
         arguments = (trainer, *given) if HOOKS[name].lead is None else (lead, trainer, *given)
         result = function(*arguments)
-        _refuse_assignment(name, given, before)
+        after = _assignable(name, given)
+        if len(after) != len(before) or not all(map(operator.is_, after, before)):
+            raise CallbackReturnError(
+                f"{name} changed the state or the gradients in place; they are values: make a new tree, for example "
+                f"{{**grads, 'bias': ...}} or state.replace(params=...), and return it"
+            )
         return _judged(name, given, result, device_names)
     except Exception as error:
         error.add_note(_blame(callback, name, lead, given[0]))
@@ -223,14 +228,13 @@ def _call(
         raise
 
 
-def _refuse_assignment(name: str, given: tuple[Any, ...], before: list[Any]) -> None:
-    """Raise if a hook has assigned to a container that it was given, which would go unseen or half seen."""
-    after = jax.tree.leaves(given[:-1])
-    if len(after) != len(before) or not all(map(operator.is_, after, before)):
-        raise CallbackReturnError(
-            f"{name} changed the state or the gradients in place; they are values: make a new tree, for example "
-            f"{{**grads, 'bias': ...}} or state.replace(params=...), and return it"
-        )
+def _assignable(name: str, given: tuple[Any, ...]) -> list[Any]:
+    """The leaves in whose containers a hook might assign, which would go unseen, or half seen in a trace.
+
+    At a host's batch hook, which may come every few microseconds, those that a hook is likely to assign to.
+    """
+    state = given[0]
+    return jax.tree.leaves((state.params, state.callback_states) if name in BATCH_HOOKS else given[:-1])
 
 
 def _blame(callback: Callback, name: str, lead: Any, state: TrainState) -> str:

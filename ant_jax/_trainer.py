@@ -22,7 +22,7 @@ from ant_jax._history import History, to_python
 from ant_jax._live import DevicePart, device_part
 from ant_jax._loop import Loop, evaluate
 from ant_jax._models import PureModel, applied, initialized, pure_functions
-from ant_jax._state import Accumulator, HostFields, StateMismatch, TrainState, refuse_mismatch, scalar, strong
+from ant_jax._state import Accumulator, HostFields, StateMismatch, TrainState, refuse_mismatch, strong
 from ant_jax._step import COMPUTE_DTYPES, STEP_LOGS, LossFn, Step, cast_floating, criterion_loss, general_loss
 from ant_jax._trees import PyTree, describe_tree
 from ant_jax.callbacks import progress_bar
@@ -326,11 +326,11 @@ class Trainer:
         batch = canonical(batch)
         part = self._part(state)
         program = self._programs.train(part, state.key, batch)
-        result = program.single(part.state(state.key), batch, part.step, scalar(False))
-        memories = {**state.callback_states, **result.state.callback_states}
-        stop = bool(state.stop) or (result.stop is not None and bool(result.stop))
-        new = device_part(result.state)._replace(callback_states=memories, log_sums=state.log_sums)
-        return new.state(state.key, stop, state.host), {"batch_size": batch_size_of(batch), **result.logs}
+        part, asked, logs = program.step_by_hand(part, self._programs.key_data_of(state.key), batch)
+        stop = bool(state.stop) or (asked is not None and bool(asked))
+        memories = {**state.callback_states, **part.callback_states}
+        part = part._replace(callback_states=memories, log_sums=state.log_sums)
+        return part.state(state.key, stop, state.host), {"batch_size": batch_size_of(batch), **logs}
 
     def _part(self, state: TrainState) -> DevicePart:
         return device_part(state, self._events.device_names)._replace(log_sums=None)
