@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -193,10 +193,17 @@ class TrainProgram:
 
         def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             leaves, asked, row, _, buffers = carry
-            batch = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, row, keepdims=False), batches)
+            batch = jax.tree.map(
+                lambda leaf: lax.dynamic_index_in_dim(leaf, row, keepdims=False, allow_negative_indices=False), batches
+            )
             leaves, stop, latest = self._run_one(leaves, key_data, batch, offset + row, row == last_row)
             stop = None if asked is None else stop | asked
-            buffers = jax.tree.map(lambda buffer, log: buffer.at[row].set(log), buffers, latest)
+            # Not buffer.at[row].set: that is a scatter, which checks bounds at the cost of a tenth of a small step.
+            buffers = jax.tree.map(
+                lambda buffer, log: lax.dynamic_update_index_in_dim(buffer, log, row, 0, allow_negative_indices=False),
+                buffers,
+                latest,
+            )
             return leaves, stop, row + 1, latest, buffers
 
         stop = jnp.bool_(False) if self.may_stop else None
@@ -236,7 +243,9 @@ class EvaluationProgram:
         self, params: Any, model_state: Any, batches: Any, examples: Any, sums: LogSums, count: Any
     ) -> LogSums:
         def body(row: Any, sums: LogSums) -> LogSums:
-            batch = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, row, keepdims=False), batches)
+            batch = jax.tree.map(
+                lambda leaf: lax.dynamic_index_in_dim(leaf, row, keepdims=False, allow_negative_indices=False), batches
+            )
             return self._add_one(params, model_state, batch, examples, sums)
 
         return lax.fori_loop(0, count, body, sums)
@@ -334,8 +343,11 @@ class Pace:
         self._finished_at = None
 
 
-def rows_of(feed: Feed, fused: bool) -> int | None:
-    """How many batches to stack into a chunk of this feed; ``None`` when each is launched by itself."""
+def rows_of(feed: Feed, fused: bool, every: Iterable[int | None] = ()) -> int | None:
+    """How many batches to stack into a chunk of this feed; ``None`` when each is launched by itself.
+
+    Chunks end where looks do, where they can: every so many batches, for the rarest looks that fit into a chunk.
+    """
     if not fused:
         return None
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(feed.first))
@@ -344,7 +356,9 @@ def rows_of(feed: Feed, fused: bool) -> int | None:
     if batches is None:
         return min(most, ROWS_OF_UNKNOWN)
     chunks = -(-batches // most)
-    return max(1, -(-batches // max(1, chunks)))  # the same in every chunk, so that none is mostly padding
+    rows = max(1, -(-batches // max(1, chunks)))  # the same in every chunk, so that none is mostly padding
+    interval = max((n for n in every if n is not None and n <= rows), default=1)
+    return rows - rows % interval
 
 
 def on_device(chunk: Chunk) -> Chunk:

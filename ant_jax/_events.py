@@ -105,10 +105,22 @@ class Events:
         return state, logs
 
     def batch_hook(
-        self, callback: Callback, name: str, hook: HookFn, batch_idx: int, trainer: Any, state: TrainState, logs: Logs
+        self,
+        callback: Callback,
+        name: str,
+        batch_idx: int,
+        trainer: Any,
+        state: TrainState,
+        logs: Logs,
+        watch_assignment: bool,
     ) -> tuple[TrainState, Logs]:
-        """Run a batch hook of one host callback; arguments and returns as in ``host_hook``."""
-        state, logs = _call(callback, name, hook, batch_idx, trainer, (state, logs), self.device_names)
+        """Run a batch hook of one host callback; arguments and returns as in ``host_hook``.
+
+        Watching for changes in place costs half as much as all the rest; so it may be left out.
+        """
+        hook = getattr(callback, name)
+        given = (state, logs)
+        state, logs = _call(callback, name, hook, batch_idx, trainer, given, self.device_names, watch_assignment)
         return state, logs
 
     def tell(self, error: BaseException, trainer: Any, state: TrainState) -> None:
@@ -202,18 +214,15 @@ def _call(
     trainer: Any,
     given: tuple[Any, ...],
     device_names: frozenset[str] | None = None,
+    watch_assignment: bool = True,
 ) -> tuple[Any, ...]:
     """Call one hook of one callback, judge what it returns, and add the blame to what it raises."""
     try:
-        before = _assignable(name, given)
+        before = jax.tree.leaves(given[:-1]) if watch_assignment else None
         arguments = (trainer, *given) if HOOKS[name].lead is None else (lead, trainer, *given)
         result = function(*arguments)
-        after = _assignable(name, given)
-        if len(after) != len(before) or not all(map(operator.is_, after, before)):
-            raise CallbackReturnError(
-                f"{name} changed the state or the gradients in place; they are values: make a new tree, for example "
-                f"{{**grads, 'bias': ...}} or state.replace(params=...), and return it"
-            )
+        if before is not None:
+            _refuse_assignment(name, before, jax.tree.leaves(given[:-1]))
         return _judged(name, given, result, device_names)
     except Exception as error:
         error.add_note(_blame(callback, name, lead, given[0]))
@@ -228,13 +237,13 @@ def _call(
         raise
 
 
-def _assignable(name: str, given: tuple[Any, ...]) -> list[Any]:
-    """The leaves in whose containers a hook might assign, which would go unseen, or half seen in a trace.
-
-    At a host's batch hook, which may come every few microseconds, those that a hook is likely to assign to.
-    """
-    state = given[0]
-    return jax.tree.leaves((state.params, state.callback_states) if name in BATCH_HOOKS else given[:-1])
+def _refuse_assignment(name: str, before: list[Any], after: list[Any]) -> None:
+    """Raise if a hook has assigned to a container that it was given, which would go unseen, or half seen in a trace."""
+    if len(after) != len(before) or not all(map(operator.is_, after, before)):
+        raise CallbackReturnError(
+            f"{name} changed the state or the gradients in place; they are values: make a new tree, for example "
+            f"{{**grads, 'bias': ...}} or state.replace(params=...), and return it"
+        )
 
 
 def _blame(callback: Callback, name: str, lead: Any, state: TrainState) -> str:

@@ -30,14 +30,22 @@ class Look:
         open: whether the window has begun and not ended.
     """
 
-    __slots__ = ("_ended_at", "_launches", "_published", "callback", "every", "hooks", "open")
+    __slots__ = ("_ended_at", "_launches", "_published", "_seen", "callback", "every", "hooks", "open")
 
     def __init__(self, callback: Callback, hooks: Mapping[str, HookFn]):
         self.callback, self.hooks, self.every = callback, hooks, callback.every
         self.open = False
         self._published: Mapping[str, Any] = {}
         self._launches: list[Launch] = []
+        self._seen: set[str] = set()
         self._ended_at = time.monotonic()
+
+    def is_first(self, name: str) -> bool:
+        """Whether this is the first time in the epoch that this hook of the callback runs."""
+        if name in self._seen:
+            return False
+        self._seen.add(name)
+        return True
 
     def resume(self, batch_idx: int) -> None:
         """Open the window that a run which goes on inside an epoch was in; its beginning has been seen."""

@@ -132,7 +132,8 @@ class Loop:
         program = self._programs.train(live.part(), live.key, feed.first)
         looks = [Look(*watcher) for watcher in self._events.watchers]
         self._open(program, looks, start)
-        chunks = Ahead(feed.chunks(rows_of(feed, program.fused), LAUNCH_SECONDS), on_device)
+        rows = rows_of(feed, program.fused, [look.every for look in looks])
+        chunks = Ahead(feed.chunks(rows, LAUNCH_SECONDS), on_device)
         for chunk in chunks:
             cursor = Cursor(chunk, live.host.batch_idx)
             while cursor.remaining:
@@ -190,10 +191,11 @@ class Loop:
             look.passed(launch)
         done = cursor.batch_idx
         logs: Mapping[str, Any] = {"batch_size": cursor.chunk.examples, **launch.latest}
-        while ending := [look for look in looks if look.open and (over or look.ends(done))]:
+        ending = looks if over else [look for look in looks if look.ends(done)]
+        if ending:
             logs = self._look("on_batch_end", ending, done - 1, logs)
-            # Once more if one of them has asked to stop: then the windows that were not due end here, too.
-            over = over or self._is_over(cursor)
+            if not over and self._is_over(cursor):  # one has asked to stop: then the other windows end, too
+                logs = self._look("on_batch_end", [look for look in looks if look.open], done - 1, logs)
         if len(logs) > len(launch.latest) + 1:
             self._sum_published(logs, launch, cursor.chunk.examples)
 
@@ -205,8 +207,10 @@ class Loop:
             if name in look.hooks:
                 if state is None:
                     given = state = self._live.get()
-                hook = look.hooks[name]
-                state, logs = self._events.batch_hook(look.callback, name, hook, batch_idx, self._trainer, state, logs)
+                first = look.is_first(name)
+                state, logs = self._events.batch_hook(
+                    look.callback, name, batch_idx, self._trainer, state, logs, watch_assignment=first
+                )
         if state is not None and state is not given:
             self._live.put(state)
         return logs

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 
 @struct.dataclass
@@ -43,7 +44,11 @@ def pack(logs: Mapping[str, Any]) -> PackedLogs:
 
 def _packed_by(names: tuple[str, ...], values: Mapping[str, Any]) -> PackedLogs:
     others = {name: value for name, value in values.items() if name not in names}
-    return PackedLogs(names, jnp.stack([values[name] for name in names]), others)
+    # Not jnp.stack: XLA on a CPU would fuse what computes the values into the concatenation, and run it there slowly.
+    scalars = jnp.zeros(len(names), values[names[0]].dtype)
+    for i, name in enumerate(names):
+        scalars = lax.dynamic_update_index_in_dim(scalars, values[name], i, axis=0, allow_negative_indices=False)
+    return PackedLogs(names, scalars, others)
 
 
 @struct.dataclass

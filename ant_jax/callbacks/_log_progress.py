@@ -12,10 +12,6 @@ from ant_jax._callback import Callback
 from ant_jax._history import to_python
 
 
-# A line may be as late as this.
-_LATE_SECONDS = 0.1
-
-
 def log_progress(
     every: int = 100,
     *,
@@ -26,8 +22,8 @@ def log_progress(
     """Print a line every so many batches and one every epoch.
 
     A batch line has the means of all batches since the last line, and the examples per second of training alone,
-    waiting for data included and evaluation not. Lines that come faster than ten a second are printed one line late,
-    so that training does not wait for them.
+    waiting for data included and evaluation not. Lines are printed when the host has control anyhow, which is about ten
+    times a second, so that training does not wait for them.
 
     Args:
         every: batches between lines; at least 1.
@@ -41,83 +37,56 @@ def log_progress(
     Raises:
         ValueError: ``every`` is below 1.
 
-    >>> log_progress(every=50).every
-    50
+    >>> log_progress(every=50).every is None
+    True
     """
-    # Clock readings and a line that waits to be printed: nothing of them decides the run, so no memory keeps them.
-    began = {"epoch": 0.0, "line": 0.0}
-    first = {"batch_size": 0}
-    waiting: list[tuple[str, Any]] = []
-
-    def say(line: str) -> None:
-        if printer is not None:
-            printer(line)
-        else:
-            from tqdm import tqdm
-
-            tqdm.write(line)
-
-    def print_waiting() -> None:
-        while waiting:
-            place, logs = waiting.pop()
-            window = {log: values for log, values in logs.window.items() if np.ndim(values) == 1}
-            now = clock()
-            # Only the last batch of a window may be shorter than the others.
-            examples = (len(window["loss"]) - 1) * first["batch_size"] + logs["batch_size"]
-            rate = examples / max(now - began["line"], 1e-9)
-            say(f"  {place}: {_in_words({log: np.mean(v) for log, v in window.items()})} ({rate:,.0f} examples/s)")
-            began["line"] = now
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"log_progress: every must be a positive whole number of batches, got {every!r}")
+    lines = _Lines(every, clock, printer or _print_beside_bars)  # no part of the run's state, so no memory keeps it
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
-        waiting.clear()
-        began["epoch"] = began["line"] = clock()
+        lines.begin_epoch(state.batch_idx)
         return state, logs
 
     def on_epoch_begin(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
-        began["epoch"] = began["line"] = clock()
-        say(f"epoch {epoch + 1}/{trainer.num_epochs}")
+        lines.begin_epoch(0)
+        lines.say(f"epoch {epoch + 1}/{trainer.num_epochs}")
         return state, logs
 
     def on_batch_begin(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
         del batch_idx, trainer
-        first["batch_size"] = logs["batch_size"]
+        lines.batch_size = logs["batch_size"]
         return state, logs
 
     def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
-        print_waiting()
-        total = f"/{trainer.steps_per_epoch}" if trainer.steps_per_epoch else ""
-        waiting.append((f"batch {batch_idx + 1}{total}", logs))
-        # Reading logs that are not there yet waits for the device, and then the device for its next launch. So while
-        # lines come fast, such a line waits for the next one, by when its values are there.
-        if logs["loss"].is_ready() or clock() - began["line"] > _LATE_SECONDS:
-            print_waiting()
+        del batch_idx
+        lines.look(logs, trainer.steps_per_epoch)
         return state, logs
 
     def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
-        print_waiting()
+        lines.finish()
         return state, logs
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
-        print_waiting()
-        values = _in_words(logs)
-        say(f"epoch {epoch + 1}/{trainer.num_epochs} took {clock() - began['epoch']:.2f} s: {values}")
+        lines.finish()
+        lines.say(f"epoch {epoch + 1}/{trainer.num_epochs} took {lines.seconds():.2f} s: {_in_words(logs)}")
         return state, logs
 
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
         if state.stop:
-            say(f"stopped after epoch {state.epoch} of {trainer.num_epochs}, as a callback asked")
+            lines.say(f"stopped after epoch {state.epoch} of {trainer.num_epochs}, as a callback asked")
         return state, logs
 
     def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
         del exception, trainer
-        print_waiting()
+        lines.finish()
         return state, logs
 
     return Callback(
         name=name,
-        every=every,
+        every=None,  # it needs the batches' logs and not the state, so it need not make the host look at any of them
         on_train_begin=on_train_begin,
         on_epoch_begin=on_epoch_begin,
         on_batch_begin=on_batch_begin,
@@ -127,6 +96,71 @@ def log_progress(
         on_train_end=on_train_end,
         on_exception=on_exception,
     )
+
+
+class _Lines:
+    """Collects the logs of batches as they pass, and prints a line for every so many."""
+
+    def __init__(self, every: int, clock: Callable[[], float], printer: Callable[[str], Any]):
+        self._every, self._clock, self.say = every, clock, printer
+        self.batch_size = 0
+        self.begin_epoch(0)
+
+    def begin_epoch(self, batches_done: int) -> None:
+        self._began = self._line_began = self._read_at = self._ended = self._clock()
+        self._done, self._total = batches_done, ""
+        self._waiting: Any = None
+        self._parts: list[tuple[dict[str, np.ndarray], int]] = []  # of the next line: logs and examples
+
+    def look(self, logs: Any, steps_per_epoch: int | None) -> None:
+        # Reading logs that are not there yet waits for the device, and then the device for its next launch. So what was
+        # launched last is read at the next look, by when it has run.
+        self._read()
+        self._waiting, self._total = logs, f"/{steps_per_epoch}" if steps_per_epoch else ""
+        if logs["loss"].is_ready():
+            self._read()
+
+    def finish(self) -> None:
+        """Print what there is; the last line of an epoch may stand for fewer batches."""
+        self._read()
+        if self._parts:
+            self._print()
+
+    def seconds(self) -> float:
+        """Since the epoch began."""
+        return self._clock() - self._began
+
+    def _read(self) -> None:
+        if self._waiting is None:
+            return
+        logs, self._waiting = self._waiting, None
+        window = {name: values for name, values in logs.window.items() if np.ndim(values) == 1}
+        count, before = len(window["loss"]), self._read_at
+        self._read_at = self._clock()
+        start = 0
+        while start < count:
+            end = min(count, start + self._every - (self._done % self._every))
+            # Only the last batch of a window may be shorter than the others.
+            examples = (end - start) * self.batch_size + (end == count) * (logs["batch_size"] - self.batch_size)
+            self._parts.append(({name: values[start:end] for name, values in window.items()}, examples))
+            self._done += end - start
+            self._ended = before + (self._read_at - before) * end / count
+            if self._done % self._every == 0:
+                self._print()
+            start = end
+
+    def _print(self) -> None:
+        parts, self._parts = self._parts, []
+        means = {name: np.mean(np.concatenate([values[name] for values, _ in parts])) for name in parts[0][0]}
+        rate = sum(examples for _, examples in parts) / max(self._ended - self._line_began, 1e-9)
+        self._line_began = self._ended
+        self.say(f"  batch {self._done}{self._total}: {_in_words(means)} ({rate:,.0f} examples/s)")
+
+
+def _print_beside_bars(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(line)
 
 
 def _in_words(values: Mapping[str, Any]) -> str:
