@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -12,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ant_jax._feed import Chunk, Feed
 from ant_jax._interrupt import LaunchGuard
 from ant_jax._live import DevicePart, Live, device_part
 from ant_jax._models import PureModel, initialized
+from ant_jax._pace import Pace
 from ant_jax._state import TrainState, refuse_mismatch, scalar
 from ant_jax._step import Step
 from ant_jax._sums import LogSums, PackedLogs, pack, zero_sums
 from ant_jax._trees import PyTree
-from ant_jax.data import Chunk, Feed, inputs_of
+from ant_jax.data import inputs_of
 
 
 Fuse = Literal["auto"] | bool
@@ -29,12 +29,6 @@ MAX_ROWS = 256
 MAX_CHUNK_BYTES = 32 * 2**20
 # Batches in a chunk of a loader that cannot say how long an epoch is.
 ROWS_OF_UNKNOWN = 64
-
-# The time that a launch should take: short enough for Ctrl-C and a progress bar, long enough to cost nothing.
-LAUNCH_SECONDS = 0.1
-
-# How many times that much work may be under way: while one launch runs, the next one's batches are made.
-MAX_IN_FLIGHT = 2
 
 
 class Launch(NamedTuple):
@@ -193,17 +187,10 @@ class TrainProgram:
 
         def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             leaves, asked, row, _, buffers = carry
-            batch = jax.tree.map(
-                lambda leaf: lax.dynamic_index_in_dim(leaf, row, keepdims=False, allow_negative_indices=False), batches
-            )
+            batch = _row_of(batches, row)
             leaves, stop, latest = self._run_one(leaves, key_data, batch, offset + row, row == last_row)
             stop = None if asked is None else stop | asked
-            # Not buffer.at[row].set: that is a scatter, which checks bounds at the cost of a tenth of a small step.
-            buffers = jax.tree.map(
-                lambda buffer, log: lax.dynamic_update_index_in_dim(buffer, log, row, 0, allow_negative_indices=False),
-                buffers,
-                latest,
-            )
+            buffers = jax.tree.map(lambda buffer, log: _with_row(buffer, log, row), buffers, latest)
             return leaves, stop, row + 1, latest, buffers
 
         stop = jnp.bool_(False) if self.may_stop else None
@@ -243,9 +230,7 @@ class EvaluationProgram:
         self, params: Any, model_state: Any, batches: Any, examples: Any, sums: LogSums, count: Any
     ) -> LogSums:
         def body(row: Any, sums: LogSums) -> LogSums:
-            batch = jax.tree.map(
-                lambda leaf: lax.dynamic_index_in_dim(leaf, row, keepdims=False, allow_negative_indices=False), batches
-            )
+            batch = _row_of(batches, row)
             return self._add_one(params, model_state, batch, examples, sums)
 
         return lax.fori_loop(0, count, body, sums)
@@ -306,43 +291,6 @@ class Programs:
             self._fitting.add(form)
 
 
-class Pace:
-    """Chooses how many steps a launch should have, and keeps the host from running ahead of the device.
-
-    Attributes:
-        steps: of the next launch, at most; found by doubling until they take ``LAUNCH_SECONDS``.
-    """
-
-    def __init__(self):
-        self.steps = 1
-        self._new_steps = 0
-        self._under_way: collections.deque[tuple[jax.Array, int]] = collections.deque()
-        self._finished_at: float | None = None
-
-    def launched(self, launch: Launch) -> None:
-        """Note a launch. Every ``steps`` steps, wait for those before the last ``MAX_IN_FLIGHT`` times as many."""
-        self._new_steps += launch.steps
-        if self._new_steps < self.steps:
-            return
-        self._under_way.append((launch.latest["loss"], self._new_steps))
-        self._new_steps = 0
-        if len(self._under_way) <= MAX_IN_FLIGHT:
-            return
-        loss, steps = self._under_way.popleft()
-        loss.block_until_ready()
-        now = time.perf_counter()
-        if self._finished_at is not None:
-            wanted = LAUNCH_SECONDS * steps / max(now - self._finished_at, 1e-9)
-            self.steps = max(1, min(2 * self.steps, int(wanted)))
-        self._finished_at = now
-
-    def interrupted(self) -> None:
-        """Forget the clock: something else than training comes between this launch and the next."""
-        self._new_steps = 0
-        self._under_way.clear()
-        self._finished_at = None
-
-
 def rows_of(feed: Feed, fused: bool, every: Iterable[int | None] = ()) -> int | None:
     """How many batches to stack into a chunk of this feed; ``None`` when each is launched by itself.
 
@@ -391,6 +339,17 @@ def _listed(value: Any) -> Any:
 
 def _is_fused(fuse: Fuse, jaxpr: Any) -> bool:
     return fuse if isinstance(fuse, bool) else not slow_in_loops(jaxpr)
+
+
+def _row_of(batches: PyTree, row: Any) -> PyTree:
+    return jax.tree.map(
+        lambda leaf: lax.dynamic_index_in_dim(leaf, row, 0, False, allow_negative_indices=False), batches
+    )
+
+
+def _with_row(buffer: jax.Array, log: jax.Array, row: Any) -> jax.Array:
+    # Not buffer.at[row].set(log): that is a scatter, which checks bounds at the cost of a tenth of a small step.
+    return lax.dynamic_update_index_in_dim(buffer, log, row, 0, allow_negative_indices=False)
 
 
 def form_of(tree: Any) -> Any:

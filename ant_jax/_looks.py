@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from ant_jax._callback import Callback, HookFn
-from ant_jax._engine import LAUNCH_SECONDS, Launch
+from ant_jax._engine import Launch
 from ant_jax._logs import Logs
+from ant_jax._pace import LAUNCH_SECONDS
 
 
 class Look:

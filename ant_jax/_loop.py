@@ -34,7 +34,6 @@ import jax
 import jax.numpy as jnp
 
 from ant_jax._engine import (
-    LAUNCH_SECONDS,
     Cursor,
     Launch,
     Programs,
@@ -43,12 +42,14 @@ from ant_jax._engine import (
     rows_of,
 )
 from ant_jax._events import Events
+from ant_jax._feed import Ahead, Feed
 from ant_jax._live import Live
 from ant_jax._logs import Logs
 from ant_jax._looks import Look
+from ant_jax._pace import LAUNCH_SECONDS
 from ant_jax._state import TrainState, refuse_mismatch
 from ant_jax._sums import means
-from ant_jax.data import Ahead, Feed, NoBatches
+from ant_jax.data import NoBatches
 
 
 class Loop:
@@ -141,7 +142,7 @@ class Loop:
                 launch = program.launch(live, cursor, self._length(looks, program, cursor))
                 if not cursor.remaining:
                     chunks.fetch()
-                program.pace.launched(launch)
+                program.pace.launched(launch.steps, launch.latest["loss"])
                 over = self._is_over(cursor)
                 self._end_looks(looks, cursor, launch, over)
                 if over or self._is_over(cursor):  # a look may have asked to stop

@@ -11,7 +11,8 @@ from problems import BATCH, assert_bit_equal, batches, data, host, trainer
 
 import ant_jax as ant
 from ant_jax import ArrayLoader, BatchError
-from ant_jax.data import Ahead, Feed, canonical
+from ant_jax._feed import Ahead, Feed
+from ant_jax.data import canonical
 
 
 def test_array_loader_shuffles_by_seed_and_epoch():

@@ -84,7 +84,7 @@ def launches(monkeypatch) -> list[int]:
         return launch(self, live, cursor, count)
 
     monkeypatch.setattr(TrainProgram, "launch", counted)
-    monkeypatch.setattr(_engine.Pace, "launched", lambda self, launch: None)
+    monkeypatch.setattr(_engine.Pace, "launched", lambda self, steps, log: None)
     monkeypatch.setattr(_engine.Pace, "interrupted", lambda self: None)
     monkeypatch.setattr(_engine.Pace, "__init__", lambda self: setattr(self, "steps", 10**6))
     return counts

@@ -14,10 +14,10 @@ PACKAGE = pathlib.Path(ant_jax.__file__).parent
 
 # Bottom to top: a module may import those above its own line.
 LAYERS = [
-    {"_trees", "_interrupt"},
+    {"_trees", "_interrupt", "_pace"},
     {"_history", "_logs", "_sums", "_models", "metrics"},
     {"_state", "data"},
-    {"_callback"},
+    {"_callback", "_feed"},
     {"_events", "_live"},
     {"_step"},
     {"_engine"},
