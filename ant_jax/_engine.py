@@ -317,8 +317,8 @@ def on_device(chunk: Chunk) -> Chunk:
 def slow_in_loops(jaxpr: Any) -> bool:
     """Whether a step must not run inside an XLA loop, by a rule that always gives the same answer.
 
-    XLA's CPU backend runs a convolution inside a loop or a branch several times slower than outside (measured: a small
-    CNN at 31 ms a step straight, 205 ms in a loop, on 2 cores with jax 0.10.2).
+    XLA's CPU backend runs a convolution inside a loop or a branch several times slower than outside;
+    ``benchmarks/trainer.py`` measures it.
     """
     return jax.default_backend() == "cpu" and _contains(jaxpr, "conv_general_dilated")
 
