@@ -118,6 +118,7 @@ class Loop:
             live.put(state)
             del state  # who still refers to the state when the next launch overwrites it, makes it copy
         closing = self._hook("on_epoch_end", epoch, {**opening, **trained, **evaluated})
+        live.update(log_sums=None)
         live.move(epoch=epoch + 1, batch_idx=0, history=live.host.history.appended(closing), published={})
         return closing
 
@@ -230,7 +231,6 @@ class Loop:
         sums = self._live.part().log_sums
         values = {} if sums is None else means(sums)
         values |= {name: total / weight for name, (total, weight) in self._live.host.published.items()}
-        self._live.update(log_sums=None)
         return {f"train_{name}": values[name] for name in loss_first(values)}
 
     def _hook(self, name: str, lead: Any, logs: Mapping[str, Any]) -> Mapping[str, Any]:

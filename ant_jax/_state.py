@@ -81,7 +81,7 @@ class TrainState:
             from ``state.random_key(name)``.
         accumulator: the open accumulation window; ``None`` when ``gradient_accumulation_steps`` is 1.
         loss_scale: flax's ``DynamicScale``; ``None`` unless the precision is float16.
-        log_sums: the sums of the logs of the epoch under way; ``None`` between epochs.
+        log_sums: the sums of the logs of the epoch under way, until it has ended; ``None`` between epochs.
         callback_states: each callback's own memory, by the callback's name.
         stop: whether a callback has asked the run to end.
         host: the host fields; ``None`` inside the compiled step.

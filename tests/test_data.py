@@ -70,9 +70,9 @@ def test_array_loader_refuses(arrays, options, message):
 
 
 def test_all_loaders_train_alike():
-    torch_data = pytest.importorskip("torch.utils.data")
     import grain
     import torch
+    import torch.utils.data as torch_data
 
     inputs, targets = data(5 * BATCH + 3)
     a_trainer = trainer()

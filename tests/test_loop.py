@@ -420,6 +420,24 @@ def test_fit_goes_on_inside_an_epoch():
         trainer(ant.callbacks.gradient_norm(), optimizer=adam()).fit(kept[2], loader, 2)
 
 
+@pytest.mark.parametrize("hook", ["on_evaluate_begin", "on_evaluate_end", "on_epoch_end"])
+def test_fit_goes_on_at_the_end_of_an_epoch(hook):
+    kept: list[Any] = []
+
+    def keep(*arguments: Any) -> Any:
+        kept.append(arguments[-2])
+        return arguments[-2:]
+
+    hooks: dict[str, Any] = {hook: keep}
+    a_trainer = trainer(host(**hooks), optimizer=adam())
+    start = a_trainer.init(batches()[0])
+    expected, history = a_trainer.fit(start, batches(3), 2, batches(1))
+    for state in list(kept):
+        again, same_history = a_trainer.fit(state, batches(3), 2, batches(1))
+        assert_bit_equal(again, expected)
+        assert same_history == history
+
+
 def test_hooks_know_the_length_of_the_run():
     known: list[Any] = []
 
