@@ -1,6 +1,7 @@
 """What `fit` costs over loops written by hand: ratios of medians, measured in one process, in alternating runs.
 
     python -m benchmarks.trainer [--rounds 15] [--json FILE]
+    python -m benchmarks.trainer --rounds 3 --only "fuse=True"      # the convolution trap; takes minutes
 
 Every pair trains the same model from the same weights on the same batches; the final loss of both sides is compared
 before a time is printed. Targets are those that the project has set itself; a missed one is printed as missed.
@@ -216,7 +217,9 @@ def measure(pair: Pair, rounds: int) -> dict[str, Any]:
         ours.append(a)
         by_hand.append(b)
         losses = loss_a, loss_b
-    np.testing.assert_allclose(*losses, rtol=1e-4, err_msg=f"{pair.name}: the two sides did not train the same")
+    np.testing.assert_allclose(
+        *losses, rtol=1e-4, atol=1e-4, err_msg=f"{pair.name}: the two sides did not train the same"
+    )
     ratios = [a / b for a, b in zip(ours, by_hand, strict=True)]
     return {
         "pair": pair.name,
@@ -232,7 +235,11 @@ def measure(pair: Pair, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="timed epochs of each side, in turn")
-    parser.add_argument("--only", default="", help="measure only pairs whose name contains this")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="measure only pairs whose name contains this; those without a target are measured only so",
+    )
     parser.add_argument("--json", help="also write the results to this file")
     options = parser.parse_args()
     machine = {
@@ -246,7 +253,7 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     results = []
     for pair in pairs():
-        if options.only in pair.name:
+        if options.only in pair.name and (options.only or pair.target):
             result = measure(pair, options.rounds)
             results.append(result)
             target = result["target"]
