@@ -348,7 +348,7 @@ def _row_of(batches: PyTree, row: Any) -> PyTree:
 
 
 def _with_row(buffer: jax.Array, log: jax.Array, row: Any) -> jax.Array:
-    # Not buffer.at[row].set(log): that is a scatter, which checks bounds at the cost of a tenth of a small step.
+    # Not buffer.at[row].set(log): that is a scatter, which checks bounds, and costs a small step dearly.
     return lax.dynamic_update_index_in_dim(buffer, log, row, 0, allow_negative_indices=False)
 
 

@@ -108,6 +108,7 @@ class Events:
         self,
         callback: Callback,
         name: str,
+        hook: HookFn,
         batch_idx: int,
         trainer: Any,
         state: TrainState,
@@ -116,9 +117,9 @@ class Events:
     ) -> tuple[TrainState, Logs]:
         """Run a batch hook of one host callback; arguments and returns as in ``host_hook``.
 
-        Watching for changes in place costs half as much as all the rest; so it may be left out.
+        Watching for changes in place flattens the state twice, which a hook at every batch would feel; so it may be
+        left out.
         """
-        hook = getattr(callback, name)
         given = (state, logs)
         state, logs = _call(callback, name, hook, batch_idx, trainer, given, self.device_names, watch_assignment)
         return state, logs

@@ -77,7 +77,7 @@ class Live:
         stop: whether a callback has asked the run to end.
         key: the random key.
         key_data: the same as plain numbers. Compiled code leaves the key as it is, so it need not return it; and JAX
-            hands plain arrays to compiled code several microseconds faster than arrays of keys.
+            hands plain arrays to compiled code faster than arrays of keys.
     """
 
     def __init__(self, state: TrainState, device_names: frozenset[str]):

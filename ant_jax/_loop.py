@@ -211,7 +211,7 @@ class Loop:
                     given = state = self._live.get()
                 first = look.is_first(name)
                 state, logs = self._events.batch_hook(
-                    look.callback, name, batch_idx, self._trainer, state, logs, watch_assignment=first
+                    look.callback, name, look.hooks[name], batch_idx, self._trainer, state, logs, watch_assignment=first
                 )
         if state is not None and state is not given:
             self._live.put(state)

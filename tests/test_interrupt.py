@@ -61,8 +61,7 @@ def test_in_another_thread_nothing_is_installed():
 @pytest.mark.parametrize("fuse", [True, False])
 def test_the_state_can_be_read_and_trained_on_afterwards(fuse, monkeypatch):
     pressed_at = 3
-    one, many = TrainProgram._run_one, TrainProgram.launch
-    del one
+    original = TrainProgram.launch
     kept: list[Any] = []
 
     def launch(self: TrainProgram, live: Any, cursor: Any, count: int) -> Any:
@@ -74,7 +73,7 @@ def test_the_state_can_be_read_and_trained_on_afterwards(fuse, monkeypatch):
                 give(leaves)
 
             monkeypatch.setattr(live, "give", give_after_ctrl_c)
-        return many(self, live, cursor, count)
+        return original(self, live, cursor, count)
 
     def keep(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
         kept.append(state)
