@@ -4,8 +4,9 @@ from importlib.metadata import version as _version
 
 from ant_jax import callbacks as callbacks, metrics as metrics
 from ant_jax._callback import HOOKS as HOOKS, Callback as Callback
-from ant_jax._events import CallbackReturnError as CallbackReturnError
 from ant_jax._history import History as History
+from ant_jax._hyperparams import Hyperparam as Hyperparam, HyperparamError as HyperparamError
+from ant_jax._judging import CallbackReturnError as CallbackReturnError
 from ant_jax._logs import Logs as Logs
 from ant_jax._models import PureModel as PureModel, pure_functions as pure_functions
 from ant_jax._state import StateMismatch as StateMismatch, TrainState as TrainState

@@ -16,16 +16,17 @@ class Hook:
 
     Attributes:
         lead: what stands before ``trainer``: ``"epoch"``, ``"batch_idx"``, ``"exception"``, or nothing.
-        grads: whether the gradients go in and come out.
+        tree: what goes in and comes out between state and logs: ``"grads"``, ``"updates"``, or nothing. A hook that has
+            one always runs inside the step.
     """
 
     lead: str | None = None
-    grads: bool = False
+    tree: str | None = None
 
     @property
     def values(self) -> tuple[str, ...]:
         """What goes in after ``trainer`` and comes out, in order."""
-        return ("state", "grads", "logs") if self.grads else ("state", "logs")
+        return ("state", self.tree, "logs") if self.tree else ("state", "logs")
 
 
 # One rule: what comes after `trainer` goes in and comes out, in the same order.
@@ -33,18 +34,20 @@ HOOKS: Mapping[str, Hook] = {
     "on_train_begin": Hook(),
     "on_epoch_begin": Hook("epoch"),
     "on_batch_begin": Hook("batch_idx"),
-    "on_backward_end": Hook("batch_idx", grads=True),
-    "on_before_update": Hook("batch_idx", grads=True),
+    "on_backward_end": Hook("batch_idx", "grads"),
+    "on_before_update": Hook("batch_idx", "grads"),
+    "on_before_apply": Hook("batch_idx", "updates"),
     "on_batch_end": Hook("batch_idx"),
     "on_evaluate_begin": Hook(),
     "on_evaluate_end": Hook(),
     "on_epoch_end": Hook("epoch"),
+    "on_checkpoint": Hook(),
     "on_train_end": Hook(),
     "on_exception": Hook("exception"),
 }
-GRADIENT_HOOKS = tuple(name for name, hook in HOOKS.items() if hook.grads)  # always traced
+STEP_HOOKS = tuple(name for name, hook in HOOKS.items() if hook.tree)  # always traced
 BATCH_HOOKS = ("on_batch_begin", "on_batch_end")  # in the step when the callback is traced
-HOST_HOOKS = ("on_exception",)  # on the host, even of a traced callback
+HOST_HOOKS = ("on_checkpoint", "on_exception")  # on the host, even of a traced callback
 
 HookFn = Callable[..., tuple[Any, ...]]
 
@@ -65,9 +68,9 @@ class Callback:
     A callback is configuration and never changes; what it must remember is ``state.callback_states[name]``, made by
     ``init(state)`` when the run begins and replaced with ``state.with_callback_state(name, value)``.
 
-    ``on_backward_end`` and ``on_before_update`` are always traced into the compiled step. The other hooks run on the
-    host unless the callback is ``traced``: then its batch hooks run inside the step too, and its other hooks are pure
-    JAX as well. ``on_exception`` always runs on the host.
+    ``on_backward_end``, ``on_before_update`` and ``on_before_apply`` are always traced into the compiled step. The
+    other hooks run on the host unless the callback is ``traced``: then its batch hooks run inside the step too, and its
+    other hooks are pure JAX as well. ``on_checkpoint`` and ``on_exception`` always run on the host.
 
     Args:
         name: unique among the callbacks of a trainer; by default, a subclass's name in snake_case.
@@ -110,10 +113,12 @@ class Callback:
         on_batch_begin: HookFn | None = None,
         on_backward_end: HookFn | None = None,
         on_before_update: HookFn | None = None,
+        on_before_apply: HookFn | None = None,
         on_batch_end: HookFn | None = None,
         on_evaluate_begin: HookFn | None = None,
         on_evaluate_end: HookFn | None = None,
         on_epoch_end: HookFn | None = None,
+        on_checkpoint: HookFn | None = None,
         on_train_end: HookFn | None = None,
         on_exception: HookFn | None = None,
         **misspelt: Never,
@@ -156,7 +161,7 @@ def hooks_of(callback: Callback) -> dict[str, HookFn]:
 
 def in_step(callback: Callback) -> bool:
     """Whether any hook of ``callback`` runs inside compiled code, so that its memory lives on the device."""
-    return callback.traced or any(name in GRADIENT_HOOKS for name in hooks_of(callback))
+    return callback.traced or any(name in STEP_HOOKS for name in hooks_of(callback))
 
 
 def checked(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:

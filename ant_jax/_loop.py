@@ -10,16 +10,19 @@ The loop, in the one place where it is written down (``tests/test_loop.py`` hold
             [compiled]  forward, loss, backward              # the gradient of this batch: unscaled, in float32
             [compiled]  on_backward_end                      # in list order
             [compiled]  accumulate; when the window closes:
-            [compiled]      on_before_update -> max_grad_norm clip -> optax update
-            on_batch_end
+            [compiled]      on_before_update -> max_grad_norm clip -> optax -> on_before_apply -> new parameters
+            on_batch_end; on_checkpoint
         on_evaluate_begin; [compiled] evaluation; on_evaluate_end     # when there is a val_loader
-        on_epoch_end
+        on_epoch_end; on_checkpoint
     on_train_end
 
 A request to stop ends the batches, when the accumulation window that is open has closed, and at the beginning of an
 epoch not before its first batch; evaluation, ``on_epoch_end`` and ``on_train_end`` still come, and the epoch counts as
 done. After an exception ``on_exception`` comes, and nothing else. Of the batch hooks, those of host callbacks come
 around launches, ``every`` so many batches, and those of traced callbacks inside the step, at every batch.
+``on_checkpoint`` comes where the state is whole, so that a run could go on from it: after all ``on_batch_end`` of a
+look, for the callbacks that looked, unless the epoch's batches end there; and after all ``on_epoch_end``, when the
+epoch counts as done.
 
 What is published when a scope opens is still in the logs when it closes.
 """
@@ -27,7 +30,7 @@ What is published when a scope opens is still in the logs when it closes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -120,6 +123,7 @@ class Loop:
         closing = self._hook("on_epoch_end", epoch, {**opening, **trained, **evaluated})
         live.update(log_sums=None)
         live.move(epoch=epoch + 1, batch_idx=0, history=live.host.history.appended(closing), published={})
+        self._hook("on_checkpoint", None, closing)
         return closing
 
     def _batches(self, epoch: int) -> dict[str, Any]:
@@ -144,9 +148,8 @@ class Loop:
                 if not cursor.remaining:
                     chunks.fetch()
                 program.pace.launched(launch.steps, launch.latest["loss"])
-                over = self._is_over(cursor)
-                self._end_looks(looks, cursor, launch, over)
-                if over or self._is_over(cursor):  # a look may have asked to stop
+                over = self._end_looks(looks, cursor, launch)
+                if over:
                     program.pace.interrupted()
                     return self._epoch_means()
         raise RuntimeError("the chunks ended without a last one")  # cannot be: Feed marks it
@@ -187,19 +190,23 @@ class Loop:
             for look in beginning:
                 look.begin(logs)
 
-    def _end_looks(self, looks: list[Look], cursor: Cursor, launch: Launch, over: bool) -> None:
-        """Run ``on_batch_end`` of those whose window ends here; of all, when no more batches follow."""
+    def _end_looks(self, looks: list[Look], cursor: Cursor, launch: Launch) -> bool:
+        """End the windows that end here, or all when no more batches follow; returns whether that is so."""
         for look in looks:
             look.passed(launch)
-        done = cursor.batch_idx
+        over, done = self._is_over(cursor), cursor.batch_idx
         logs: Mapping[str, Any] = {"batch_size": cursor.chunk.examples, **launch.latest}
         ending = looks if over else [look for look in looks if look.ends(done)]
         if ending:
             logs = self._look("on_batch_end", ending, done - 1, logs)
             if not over and self._is_over(cursor):  # one has asked to stop: then the other windows end, too
+                over = True
                 logs = self._look("on_batch_end", [look for look in looks if look.open], done - 1, logs)
         if len(logs) > len(launch.latest) + 1:
             self._sum_published(logs, launch, cursor.chunk.examples)
+        if ending and not over:
+            self._hook("on_checkpoint", None, logs, {look.callback.name for look in ending})
+        return over
 
     def _look(self, name: str, looks: list[Look], batch_idx: int, logs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Run a batch hook of some host callbacks, in their order; ``on_batch_end`` ends their windows."""
@@ -233,10 +240,12 @@ class Loop:
         values |= {name: total / weight for name, (total, weight) in self._live.host.published.items()}
         return {f"train_{name}": values[name] for name in loss_first(values)}
 
-    def _hook(self, name: str, lead: Any, logs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _hook(
+        self, name: str, lead: Any, logs: Mapping[str, Any], only: Container[str] | None = None
+    ) -> Mapping[str, Any]:
         if self._events.has(name):
             given = self._live.get()
-            state, logs = self._events.host_hook(name, lead, self._trainer, given, logs)
+            state, logs = self._events.host_hook(name, lead, self._trainer, given, logs, only)
             if state is not given:
                 self._live.put(state)
         return logs

@@ -15,6 +15,7 @@ import numpy as np
 from flax import struct
 from flax.training.dynamic_scale import DynamicScale
 
+from ant_jax import _hyperparams
 from ant_jax._history import History
 from ant_jax._sums import LogSums
 from ant_jax._trees import PyTree, differences, in_lines
@@ -85,6 +86,7 @@ class TrainState:
         callback_states: each callback's own memory, by the callback's name.
         stop: whether a callback has asked the run to end.
         host: the host fields; ``None`` inside the compiled step.
+        skip: in ``on_backward_end``, whether the batch is to be skipped; ``None`` everywhere else.
     """
 
     step: chex.Array
@@ -98,6 +100,7 @@ class TrainState:
     callback_states: Mapping[str, Any]
     stop: bool | chex.Array
     host: HostFields | None = struct.field(pytree_node=False)
+    skip: chex.Array | None = None
 
     if TYPE_CHECKING:  # flax.struct adds the method; type checkers do not know
 
@@ -156,6 +159,59 @@ class TrainState:
         if self.host is None:
             return self.replace(stop=jnp.logical_or(self.stop, when))
         return self.replace(stop=bool(self.stop) or bool(when))
+
+    def skip_batch(self, when: bool | chex.Array = True) -> TrainState:
+        """Ask, in ``on_backward_end``, that this batch count for nothing.
+
+        It joins no update, no accumulation window and no mean of an epoch; the model state is put back to what it was
+        before the batch; ``logs["step_skipped"]`` is 1. What callbacks remember stays as they left it, and
+        ``state.step`` counts the batch. (With ``precision="float16"`` the trainer does the same by itself when the loss
+        scale was too large.)
+
+        Args:
+            when: whether to ask at all: a boolean scalar.
+
+        Returns:
+            The state with the request in it.
+
+        Raises:
+            RuntimeError: in any other hook.
+        """
+        if self.skip is None:
+            raise RuntimeError("state.skip_batch is for on_backward_end; elsewhere it is too late, or too early")
+        return self.replace(skip=jnp.logical_or(self.skip, when))
+
+    @property
+    def hyperparams(self) -> dict[str, chex.Array]:
+        """The numbers that can be changed while training, without compiling anything again.
+
+        Those of an optimizer made with ``optax.inject_hyperparams`` are here under their own names, those that a
+        callback was given as :class:`Hyperparam` under ``"<callback>/<name>"``.
+
+        >>> import ant_jax, optax
+        >>> optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
+        >>> init, apply = lambda key, x: (jnp.zeros(1), {}), lambda params, model_state, x, key: (x, model_state)
+        >>> state = ant_jax.Trainer((init, apply), optimizer, optax.l2_loss).init((jnp.ones(1), jnp.ones(1)))
+        >>> state.with_hyperparams(learning_rate=0.25).hyperparams
+        {'learning_rate': Array(0.25, dtype=float32)}
+        """
+        return _hyperparams.read(self.opt_state, self.callback_states)
+
+    def with_hyperparams(self, **values: float | chex.Array) -> TrainState:
+        """Return the state with other hyper-parameters.
+
+        Args:
+            **values: new values by their names in ``hyperparams``; a callback's may be named without its callback,
+                ``max_norm`` for ``clip_by_global_norm/max_norm``, if there is only one of that name.
+
+        Returns:
+            The state in which they hold from the next batch on.
+
+        Raises:
+            HyperparamError: there is none of that name, or a schedule sets it.
+        """
+        opt_state, memories = _hyperparams.written(self.opt_state, self.callback_states, values, strong)
+        return self.replace(opt_state=opt_state, callback_states=memories)
 
     def with_callback_state(self, name: str, value: Any) -> TrainState:
         """Return the state in which the callback ``name`` remembers ``value``.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ant_jax._branches import run_if
 from ant_jax._events import Events
 from ant_jax._logs import Logs
 from ant_jax._models import PureModel, applied
@@ -109,16 +110,22 @@ class Step:
             last: boolean scalar, whether the epoch ends with this batch, so that an open window closes.
         """
         run_hook = self.events.step_hook
-        stop: Any = jnp.bool_(False)
+        stop, skip = jnp.bool_(False), jnp.bool_(False)
         examples = batch_size_of(batch)
         state = state.replace(stop=stop)
         state, logs = run_hook("on_batch_begin", batch_idx, state, Logs({"batch_size": examples}))
 
-        before_hooks, grads, step_logs, finite = self.gradients(state, batch)
-        logs = Logs({**logs, **step_logs})
+        model_state = state.model_state
+        state, grads, step_logs, finite = self.gradients(state, batch)
+        before_hooks, logs = state.replace(skip=skip), Logs({**logs, **step_logs})
         state, grads, logs = run_hook("on_backward_end", batch_idx, before_hooks, grads, logs)
         if finite is not None:  # what hooks made of gradients that overflowed must not stay
             state = _where(finite, state, before_hooks)
+        if state.skip is not skip:
+            finite = ~state.skip if finite is None else finite & ~state.skip
+            state = state.replace(model_state=_where(finite, state.model_state, model_state))
+            logs = Logs({**logs, "step_skipped": 1.0 - finite.astype(jnp.float32)})
+        state = state.replace(skip=None)
 
         counted = examples if finite is None else jnp.where(finite, examples, 0)
         state, grads, due, in_update = self._accumulate(state, grads, counted, finite, last)
@@ -130,9 +137,8 @@ class Step:
         state, logs = run_hook("on_batch_end", batch_idx, state, logs)
         weights |= {name: examples for name in logs if name not in weights or name in ("step_skipped", "loss_scale")}
         values = {name: jnp.asarray(value) for name, value in logs.items() if name != "batch_size"}
-        stop = None if state.stop is stop else state.stop
         counts = {name: jnp.asarray(weights[name], jnp.int32) for name in values}
-        return StepResult(state.replace(stop=None), stop, values, counts)
+        return StepResult(state.replace(stop=None), None if state.stop is stop else state.stop, values, counts)
 
     def _accumulate(
         self, state: TrainState, grads: PyTree, counted: Any, finite: Any, last: Any
@@ -168,15 +174,7 @@ class Step:
         """Run ``_update`` where ``due``; a log that it would publish is NaN (0, for an integer) where it is not."""
         if due is None:
             return self._update(batch_idx, state, grads, logs)
-
-        def update(operand: tuple[TrainState, PyTree]) -> tuple[TrainState, dict[str, chex.Array]]:
-            new_state, new_logs = self._update(batch_idx, *operand, logs)
-            return new_state, {name: jnp.asarray(value) for name, value in new_logs.items()}
-
-        _, published = jax.eval_shape(update, (state, grads))
-        kept = {name: jnp.asarray(logs[name]) if name in logs else _absent(like) for name, like in published.items()}
-        state, values = jax.lax.cond(due, update, lambda operand: (operand[0], kept), (state, grads))
-        return state, Logs({**values, "batch_size": logs["batch_size"]})
+        return run_if(due, lambda: self._update(batch_idx, state, grads, logs), state, logs)
 
     def _update(self, batch_idx: Any, state: TrainState, grads: PyTree, logs: Logs) -> tuple[TrainState, Logs]:
         state, grads, logs = self.events.step_hook("on_before_update", batch_idx, state, grads, logs)
@@ -185,7 +183,9 @@ class Step:
         grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
         # Some transformations, optax.contrib.reduce_on_plateau for one, ask for the loss.
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, value=logs["loss"])
-        return state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state), logs
+        state = state.replace(opt_state=opt_state)
+        state, updates, logs = self.events.step_hook("on_before_apply", batch_idx, state, updates, logs)
+        return state.replace(params=optax.apply_updates(state.params, updates)), logs
 
     def evaluation_step(self, params: PyTree, model_state: PyTree, batch: PyTree) -> Any:
         """Return the loss and the metrics of one batch in evaluation mode, as a mapping."""
@@ -298,7 +298,3 @@ def _form(result: Any) -> str:
 
 def _where(condition: Any, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: a if a is b else jnp.where(condition, a, b), new, old)
-
-
-def _absent(like: jax.ShapeDtypeStruct) -> chex.Array:
-    return jnp.full(like.shape, jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0, like.dtype)

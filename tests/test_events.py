@@ -13,8 +13,8 @@ import ant_jax as ant
 from ant_jax import HOOKS, CallbackReturnError
 
 
-HOST_NAMES = [name for name, hook in HOOKS.items() if not hook.grads and name != "on_exception"]
-GRADIENT_NAMES = [name for name, hook in HOOKS.items() if hook.grads]
+HOST_NAMES = [name for name, hook in HOOKS.items() if not hook.tree and name != "on_exception"]
+GRADIENT_NAMES = [name for name, hook in HOOKS.items() if hook.tree]
 
 
 def fit_with(hook_name: str, hook: Any, *, traced: bool = False, init: Any = None) -> Any:
@@ -98,7 +98,7 @@ def test_a_bad_return_is_refused_with_the_hook_and_the_fault(hook_name, traced, 
     ],
 )
 def test_gradients_keep_their_form(hook_name, change, message):
-    with pytest.raises(CallbackReturnError, match=f"{hook_name} returned grads of another(.|\n)*{message}"):
+    with pytest.raises(CallbackReturnError, match=f"{hook_name} returned {HOOKS[hook_name].tree} of another(.|\n)*{message}"):
         fit_with(hook_name, lambda batch_idx, trainer, state, grads, logs: (state, change(grads), logs))
 
 

@@ -15,10 +15,11 @@ PACKAGE = pathlib.Path(ant_jax.__file__).parent
 # Bottom to top: a module may import those above its own line.
 LAYERS = [
     {"_trees", "_interrupt", "_pace"},
-    {"_history", "_logs", "_sums", "_models", "metrics"},
+    {"_history", "_hyperparams", "_logs", "_sums", "_models", "metrics"},
     {"_state", "data"},
-    {"_callback", "_feed"},
-    {"_events", "_live"},
+    {"_branches", "_callback", "_feed"},
+    {"_judging", "_live"},
+    {"_events"},
     {"_step"},
     {"_engine"},
     {"_looks"},

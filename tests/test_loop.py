@@ -15,7 +15,7 @@ import ant_jax as ant
 from ant_jax import HOOKS
 
 
-HOST_NAMES = [name for name, hook in HOOKS.items() if not hook.grads and name != "on_exception"]
+HOST_NAMES = [name for name, hook in HOOKS.items() if not hook.tree and name != "on_exception"]
 
 
 def recorder(log: list[Any], name: str = "recorder", every: int | None = 1, stop_at: Any = None, fail_at: Any = None):
@@ -44,9 +44,10 @@ LETTERS = {
     "on_batch_end": "b",
     "on_evaluate_begin": "V",
     "on_evaluate_end": "v",
+    "on_checkpoint": "c",
     "on_exception": "x",
 }
-GRAMMAR = re.compile(r"T(E(Bb)*(Vv)?e)*t")
+GRAMMAR = re.compile(r"T(E((Bbc)*Bb)?(Vv)?ec)*t")
 
 
 def spelled(log: list[Any]) -> str:
@@ -64,10 +65,13 @@ def test_the_order_of_all_hooks():
     run(log)
     one_epoch = lambda epoch: [  # noqa: E731
         ("on_epoch_begin", epoch),
-        *((name, i) for i in range(3) for name in ("on_batch_begin", "on_batch_end")),
+        *(("on_batch_begin", 0), ("on_batch_end", 0), ("on_checkpoint",)),
+        *(("on_batch_begin", 1), ("on_batch_end", 1), ("on_checkpoint",)),
+        *(("on_batch_begin", 2), ("on_batch_end", 2)),
         ("on_evaluate_begin",),
         ("on_evaluate_end",),
         ("on_epoch_end", epoch),
+        ("on_checkpoint",),
     ]
     assert log == [("on_train_begin",), *one_epoch(0), *one_epoch(1), ("on_train_end",)]
 
@@ -228,7 +232,7 @@ def test_no_callbacks_is_the_loop_written_by_hand_bit_for_bit(make, fuse):
 
 def identity(traced: bool, **options: Any) -> ant.Callback:
     hooks: dict[str, Any] = {name: lambda *arguments: arguments[-2:] for name in HOST_NAMES}
-    hooks |= {name: lambda *arguments: arguments[-3:] for name, hook in HOOKS.items() if hook.grads}
+    hooks |= {name: lambda *arguments: arguments[-3:] for name, hook in HOOKS.items() if hook.tree}
     return ant.Callback(name="identity", traced=traced, **hooks, **options)
 
 

@@ -1,0 +1,152 @@
+"""Hyper-parameters that live in the state, so that changing one compiles nothing.
+
+optax's ``inject_hyperparams`` keeps them in a state with a mapping ``hyperparams``; a callback's memory may have a
+mapping of that name, too. Here they are found, by name, and replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from ant_jax._trees import PyTree
+
+
+class HyperparamError(LookupError):
+    """There is no hyper-parameter of a name, or it cannot be changed; the message says what to write."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparam:
+    """Marks a number that a callback is given as one to keep in the state, where it can be changed while training.
+
+    ``clip_by_global_norm(1.0)`` compiles the number in; with ``clip_by_global_norm(Hyperparam(1.0))`` it is
+    ``state.hyperparams["clip_by_global_norm/max_norm"]``, and ``state.with_hyperparams(max_norm=0.5)`` changes it
+    without compiling anything.
+
+    Args:
+        value: to begin with.
+
+    >>> Hyperparam(1.0)
+    Hyperparam(value=1.0)
+    """
+
+    value: float
+
+
+def read(opt_state: PyTree, callback_states: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every hyper-parameter by its name, as ``TrainState.hyperparams`` describes."""
+    return {name: place.value for name, place in _places(opt_state, callback_states).items()}
+
+
+def written(
+    opt_state: PyTree, callback_states: Mapping[str, Any], values: Mapping[str, Any], like: Callable[[Any, Any], Any]
+) -> tuple[PyTree, dict[str, Any]]:
+    """Replace hyper-parameters.
+
+    Args:
+        opt_state: where they are.
+        callback_states: where they are, too.
+        values: new ones by name.
+        like: ``like(new, old)`` gives a new value the dtype and the place of the old one.
+
+    Returns:
+        Both, with the new values in them.
+
+    Raises:
+        HyperparamError: as ``TrainState.with_hyperparams`` says.
+    """
+    places = _places(opt_state, callback_states)
+    replaced: dict[tuple[str, str], Any] = {}
+    for name, value in values.items():
+        place = places[_resolved(name, places)]
+        if place.scheduled:
+            raise HyperparamError(
+                f"the hyper-parameter {name!r} follows a schedule, which would set it again at the next update; make "
+                f"the optimizer with a number in its place, optax.inject_hyperparams(optax.adam)({name}=0.001), and give "
+                f"the schedule to ant_jax.callbacks.learning_rate_schedule"
+            )
+        replaced[place.path, place.name] = like(value, place.value)
+    states = {"": opt_state, **callback_states}
+    touched = {path.partition(":")[0] for path, _ in replaced}
+    states |= {owner: _rewritten(states[owner], f"{owner}:", replaced) for owner in touched}
+    return states.pop(""), states
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a hyper-parameter is: the path of the node that has it, and its name there."""
+
+    path: str
+    name: str
+    value: Any
+    scheduled: bool
+
+
+def _places(opt_state: PyTree, callback_states: Mapping[str, Any]) -> dict[str, _Place]:
+    found: dict[str, _Place] = {}
+    of_optimizer = list(_walk(opt_state, ":"))
+    names = [place.name for place in of_optimizer]
+    for place in of_optimizer:
+        unique = names.count(place.name) == 1
+        found[place.name if unique else f"{place.path.removeprefix(':')}/{place.name}"] = place
+    for owner, memory in callback_states.items():
+        found |= {f"{owner}/{place.name}": place for place in _walk(memory, f"{owner}:")}
+    return found
+
+
+def _resolved(name: str, places: Mapping[str, _Place]) -> str:
+    candidates = [name] if name in places else [full for full in places if full.endswith(f"/{name}")]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise HyperparamError(
+            f"several hyper-parameters are named {name!r}: {', '.join(candidates)}; give the whole name, "
+            f"state.with_hyperparams(**{{{candidates[0]!r}: ...}})"
+        )
+    raise HyperparamError(
+        f"the state has no hyper-parameter {name!r} (there are: {', '.join(places) or 'none'}). An optimizer keeps its "
+        f"numbers in the state when it is made with optax.inject_hyperparams(optax.adam)({name}=0.001) instead of "
+        f"optax.adam({name}=0.001), a callback when it is given ant_jax.Hyperparam(value) instead of value"
+    )
+
+
+def _hyperparams_of(node: Any) -> Mapping[str, Any] | None:
+    found = node.get("hyperparams") if isinstance(node, dict) else getattr(node, "hyperparams", None)
+    return found if isinstance(found, Mapping) else None
+
+
+def _inside(node: Any) -> Any:
+    """What a node with hyper-parameters has beside them."""
+    if isinstance(node, dict):
+        return {name: part for name, part in node.items() if name != "hyperparams"}
+    return getattr(node, "inner_state", None)
+
+
+def _walk(tree: PyTree, path: str) -> Iterator[_Place]:
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: _hyperparams_of(node) is not None)
+    for keys, node in nodes:
+        hyperparams = _hyperparams_of(node)
+        if hyperparams is not None:
+            here = path + jax.tree_util.keystr(keys, simple=True, separator="/")
+            scheduled = getattr(node, "hyperparams_states", {})
+            yield from (_Place(here, name, value, name in scheduled) for name, value in hyperparams.items())
+            yield from _walk(_inside(node), f"{here}/")
+
+
+def _rewritten(tree: PyTree, path: str, replaced: Mapping[tuple[str, str], Any]) -> PyTree:
+    def rewrite(keys: Any, node: Any) -> Any:
+        hyperparams = _hyperparams_of(node)
+        if hyperparams is None:
+            return node
+        here = path + jax.tree_util.keystr(keys, simple=True, separator="/")
+        new = {name: replaced.get((here, name), value) for name, value in hyperparams.items()}
+        inside = _rewritten(_inside(node), f"{here}/", replaced)
+        if isinstance(node, dict):
+            return {**inside, "hyperparams": new}
+        return node._replace(hyperparams=new, **({"inner_state": inside} if hasattr(node, "inner_state") else {}))
+
+    return jax.tree_util.tree_map_with_path(rewrite, tree, is_leaf=lambda node: _hyperparams_of(node) is not None)

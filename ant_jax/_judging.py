@@ -1,0 +1,147 @@
+"""Judge what a hook returns: the same things that went in, in the same order and of the same form."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ant_jax._callback import HOOKS
+from ant_jax._logs import Logs
+from ant_jax._state import TrainState, strong
+from ant_jax._trees import PyTree, describe, differences, in_lines
+
+
+class CallbackReturnError(TypeError):
+    """A hook returned something else than what went in, in the same order; the message says what and which hook."""
+
+
+def refuse_assignment(name: str, before: list[Any], after: list[Any]) -> None:
+    """Raise if a hook has assigned to a container that it was given, which would go unseen, or half seen in a trace."""
+    if len(after) != len(before) or not all(map(operator.is_, after, before)):
+        raise CallbackReturnError(
+            f"{name} changed the state or the gradients in place; they are values: make a new tree, for example "
+            f"{{**grads, 'bias': ...}} or state.replace(params=...), and return it"
+        )
+
+
+def judged(
+    name: str, given: tuple[Any, ...], result: Any, device_names: frozenset[str] | None = None
+) -> tuple[Any, ...]:
+    """Return ``result`` if it has the form of what was ``given``; raise CallbackReturnError, naming the fault, if not.
+
+    Args:
+        name: the hook.
+        given: what went in: state, logs, and the gradients or updates between them if the hook has them.
+        result: what came out.
+        device_names: the callbacks whose memory must keep its form; ``None``, inside compiled code, means all.
+    """
+    if type(result) is tuple and len(result) == len(given) and all(map(operator.is_, result, given)):
+        return result
+    values = HOOKS[name].values
+    expected = ", ".join(values)
+    if result is None:
+        raise CallbackReturnError(f"{name} returned None instead of {expected}; did you forget `return {expected}`?")
+    if not isinstance(result, tuple) or len(result) != len(values):
+        got = f"{len(result)} values" if isinstance(result, tuple) else _kind(result)
+        raise CallbackReturnError(f"{name} returned {got} instead of the {len(values)} values {expected}")
+    state, logs = result[0], result[-1]
+    if not isinstance(state, TrainState) or not isinstance(logs, Mapping) or isinstance(result[-2], Logs):
+        got = ", ".join(map(_kind, result))
+        raise CallbackReturnError(f"{name} returned ({got}) where ({expected}) belongs")
+    state = _judged_state(name, given[0], state, device_names)
+    logs = _judged_logs(name, given[-1], logs)
+    if len(values) == 2:
+        return state, logs
+    tree = result[1]
+    if tree is not given[1]:
+        _refuse_changes(name, values[1], given[1], tree)
+        tree = jax.tree.map(strong, tree)
+    return state, tree, logs
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, TrainState):
+        return "state"
+    if isinstance(value, Logs):
+        return "logs"
+    return describe(value)
+
+
+def _judged_state(name: str, old: TrainState, new: TrainState, device_names: frozenset[str] | None) -> TrainState:
+    if new is old:
+        return new
+    if new.host is not old.host:
+        raise CallbackReturnError(
+            f"{name} changed the state's epoch, batch_idx or history; those are the trainer's. To end the run early "
+            f"return state.request_stop(), logs"
+        )
+    if old.host is None and new.key is not old.key:
+        raise CallbackReturnError(
+            f"{name} replaced state.key inside the compiled step, where it never changes; draw from "
+            f"state.random_key(name)"
+        )
+    updates: dict[str, Any] = {}
+    for field in ("step", "params", "model_state", "opt_state", "key", "accumulator", "loss_scale", "log_sums"):
+        before, after = getattr(old, field), getattr(new, field)
+        if after is not before:
+            updates[field] = _judged_tree(name, f"state.{field}", before, after, traced=old.host is None)
+    before, after = old.callback_states, new.callback_states
+    if after is not before:
+        if before.keys() != after.keys():
+            raise CallbackReturnError(
+                f"{name} changed who has a memory: expected callback_states of {sorted(before)}, got {sorted(after)}"
+            )
+        updates["callback_states"] = {
+            owner: _judged_tree(name, f"state.callback_states[{owner!r}]", memory, after[owner], old.host is None)
+            if device_names is None or owner in device_names
+            else after[owner]  # a host callback's memory is its own affair
+            for owner, memory in before.items()
+        }
+    return new.replace(**updates) if updates else new
+
+
+def _judged_tree(name: str, what: str, before: PyTree, after: PyTree, traced: bool) -> PyTree:
+    """Refuse another structure, shape or dtype; give every new leaf the type and the place of the one it replaces."""
+    if after is before:
+        return after
+    _refuse_changes(name, what, before, after)
+    if traced:
+        return jax.tree.map(strong, after)
+    return jax.tree.map(lambda old, new: new if new is old else strong(new, old), before, after)
+
+
+def _refuse_changes(name: str, what: str, before: PyTree, after: PyTree) -> None:
+    lines = differences(before, after)
+    if lines:
+        raise CallbackReturnError(f"{name} returned {what} of another structure, shape or dtype:{in_lines(lines)}")
+
+
+def _judged_logs(name: str, given: Logs, returned: Mapping[str, Any]) -> Logs:
+    if returned is given:
+        return given
+    dropped = [log for log in given if log not in returned]
+    if dropped:
+        raise CallbackReturnError(
+            f"{name} dropped the log {dropped[0]!r}; to publish a value return {{**logs, 'name': value}}"
+        )
+    for log, value in returned.items():
+        unchanged = log in given and value is given[log]
+        if not isinstance(log, str) or not (unchanged or is_number(value)):
+            raise CallbackReturnError(
+                f"{name} published the log {log!r} as {describe(value)}; a log is a number or an array under a string"
+            )
+    return Logs(returned, given._window)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value can be a log: a number or an array of numbers."""
+    if isinstance(value, bool | int | float):
+        return True
+    return isinstance(value, jax.Array | np.ndarray | np.generic) and (
+        value.dtype == bool or jnp.issubdtype(value.dtype, jnp.number)
+    )
