@@ -1,4 +1,4 @@
-"""Run a part of the compiled step, or leave it out, as a traced condition says."""
+"""Run a part of compiled code, or leave it out, as a traced condition says."""
 
 from __future__ import annotations
 
@@ -18,22 +18,35 @@ def run_if(
 ) -> tuple[Any, Logs]:
     """Run ``function`` where ``due``; a log that it would publish is NaN (0, for an integer) where it is not.
 
+    A leaf of the tree that ``function`` does not touch comes out as the very same object.
+
     Args:
         due: boolean scalar.
-        function: returns a tree like ``otherwise`` and logs with those of ``logs`` among them.
+        function: returns a tree like ``otherwise``, and logs with those of ``logs`` among them.
         otherwise: the tree where it does not run.
         logs: the logs before it.
     """
+    before, structure = jax.tree.flatten(otherwise)
 
-    def run() -> tuple[PyTree, dict[str, chex.Array]]:
-        tree, new_logs = function()
-        return tree, {name: jnp.asarray(value) for name, value in new_logs.items() if name != "batch_size"}
+    def run() -> tuple[dict[str, Any], dict[str, chex.Array], dict[str, chex.Array]]:
+        tree, returned = function()
+        after = structure.flatten_up_to(tree)
+        changed = {str(i): new for i, (old, new) in enumerate(zip(before, after, strict=True)) if new is not old}
+        new_logs = logs.changed_to(returned)
+        published = {name: jnp.asarray(log) for name, log in new_logs.items() if log is not logs.get(name)}
+        return changed, published, {name: _present(new_logs, name) for name in published}
 
-    _, published = jax.eval_shape(run)
+    changes, published, _ = jax.eval_shape(run)
     kept = {name: jnp.asarray(logs[name]) if name in logs else _absent(like) for name, like in published.items()}
-    tree, values = jax.lax.cond(due, run, lambda: (otherwise, kept))
-    # A number that Python knows stays one.
-    return tree, Logs({name: logs[name] for name in logs if name not in values} | values)
+    still_there = {name: _present(logs, name) & (name in logs) for name in published}
+    unchanged = {i: before[int(i)] for i in changes}
+    changes, values, present = jax.lax.cond(due, run, lambda: (unchanged, kept, still_there))
+    leaves = [changes.get(str(i), leaf) for i, leaf in enumerate(before)]
+    return jax.tree.unflatten(structure, leaves), logs.changed_to(Logs({**logs, **values}, present=present))
+
+
+def _present(logs: Logs, name: str) -> chex.Array:
+    return jnp.asarray(logs.present.get(name, True))
 
 
 def _absent(like: jax.ShapeDtypeStruct) -> chex.Array:

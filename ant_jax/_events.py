@@ -98,11 +98,11 @@ class Events:
         Returns:
             The state and the logs as the last callback left them.
         """
-        logs = Logs(logs)
+        given = (state, Logs(logs))
         for callback, function in self._outside[name]:
             if only is None or callback.name in only:
-                state, logs = self._on_host(callback, name, function, lead, trainer, (state, logs))
-        return state, logs
+                given = self._on_host(callback, name, function, lead, trainer, given)
+        return given
 
     def batch_hook(
         self,
@@ -120,8 +120,7 @@ class Events:
         Watching for changes in place flattens the state twice, which a hook at every batch would feel; so it may be
         left out.
         """
-        state, logs = self._on_host(callback, name, hook, batch_idx, trainer, (state, logs), watch_assignment)
-        return state, logs
+        return self._on_host(callback, name, hook, batch_idx, trainer, (state, logs), watch_assignment)
 
     def tell(self, error: BaseException, trainer: Any, state: TrainState) -> None:
         """Run ``on_exception``; a callback that fails at it hides neither the error nor the other callbacks' turn."""
@@ -144,20 +143,24 @@ class Events:
         trainer: Any,
         given: tuple[TrainState, Logs],
         watch_assignment: bool = True,
-    ) -> tuple[Any, ...]:
+    ) -> tuple[TrainState, Logs]:
         began = time.perf_counter()
         try:
-            return _call(callback, name, function, lead, trainer, given, self.device_names, watch_assignment)
+            state, logs = _call(callback, name, function, lead, trainer, given, self.device_names, watch_assignment)
+            return state, logs
         finally:
             self.seconds[callback.name] += time.perf_counter() - began
 
 
 def initial_memories(callbacks: Iterable[Callback], state: TrainState) -> dict[str, Any]:
-    """Make every callback's own memory, by name; what a step's hook must reach becomes device arrays."""
+    """Make every callback's own memory, by name; what a step's hook must reach becomes device arrays.
+
+    Each ``init`` is given the state with the memories of the callbacks before it.
+    """
     memories: dict[str, Any] = {}
     for callback in callbacks:
         try:
-            memory = callback.init(state)
+            memory = callback.init(state.replace(callback_states=dict(memories)))
         except Exception as error:
             error.add_note(f"in init of callback {callback.name!r}")
             raise

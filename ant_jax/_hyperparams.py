@@ -37,9 +37,16 @@ class Hyperparam:
     value: float
 
 
-def read(opt_state: PyTree, callback_states: Mapping[str, Any]) -> dict[str, Any]:
+class Hyperparams(dict[str, Any]):
+    """Hyper-parameters by their names; a name that is not there raises HyperparamError, which says what to write."""
+
+    def __missing__(self, name: str) -> Any:
+        return self[_resolved(name, self)]
+
+
+def read(opt_state: PyTree, callback_states: Mapping[str, Any]) -> Hyperparams:
     """Return every hyper-parameter by its name, as ``TrainState.hyperparams`` describes."""
-    return {name: place.value for name, place in _places(opt_state, callback_states).items()}
+    return Hyperparams({name: place.value for name, place in _places(opt_state, callback_states).items()})
 
 
 def written(
@@ -51,7 +58,7 @@ def written(
         opt_state: where they are.
         callback_states: where they are, too.
         values: new ones by name.
-        like: ``like(new, old)`` gives a new value the dtype and the place of the old one.
+        like: ``like(new, old)`` gives a new value the dtype and the place of the old one, and no weak type.
 
     Returns:
         Both, with the new values in them.
@@ -66,8 +73,8 @@ def written(
         if place.scheduled:
             raise HyperparamError(
                 f"the hyper-parameter {name!r} follows a schedule, which would set it again at the next update; make "
-                f"the optimizer with a number in its place, optax.inject_hyperparams(optax.adam)({name}=0.001), and give "
-                f"the schedule to ant_jax.callbacks.learning_rate_schedule"
+                f"the optimizer with a number in its place, optax.inject_hyperparams(optax.adam)({name}=0.001), and "
+                f"give the schedule to ant_jax.callbacks.learning_rate_schedule"
             )
         replaced[place.path, place.name] = like(value, place.value)
     states = {"": opt_state, **callback_states}
@@ -98,7 +105,7 @@ def _places(opt_state: PyTree, callback_states: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def _resolved(name: str, places: Mapping[str, _Place]) -> str:
+def _resolved(name: str, places: Mapping[str, Any]) -> str:
     candidates = [name] if name in places else [full for full in places if full.endswith(f"/{name}")]
     if len(candidates) == 1:
         return candidates[0]

@@ -135,7 +135,7 @@ def _judged_logs(name: str, given: Logs, returned: Mapping[str, Any]) -> Logs:
             raise CallbackReturnError(
                 f"{name} published the log {log!r} as {describe(value)}; a log is a number or an array under a string"
             )
-    return Logs(returned, given._window)
+    return given.changed_to(returned)
 
 
 def is_number(value: Any) -> bool:

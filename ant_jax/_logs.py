@@ -25,6 +25,8 @@ class Logs(Mapping[str, Any]):
         window: every batch's values since this callback last looked, as arrays whose first axis is the batch
             (``logs.window["loss"][-1]`` is this batch's loss). Empty in hooks that are not batch hooks. Reading it
             waits for the device.
+        present: inside the step, for logs that not every batch has, whether this one has it: boolean scalars. What is
+            not present counts in no mean.
 
     >>> logs = Logs({"loss": 0.5})
     >>> logs["loss"], dict(logs)
@@ -39,11 +41,22 @@ class Logs(Mapping[str, Any]):
     TypeError: logs are read-only; to publish 'lr', return {**logs, 'lr': value}
     """
 
-    __slots__ = ("_values", "_window")
+    __slots__ = ("_values", "_window", "present")
 
-    def __init__(self, values: Mapping[str, Any], window: Callable[[], Mapping[str, np.ndarray]] | None = None):
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        window: Callable[[], Mapping[str, np.ndarray]] | None = None,
+        present: Mapping[str, Any] | None = None,
+    ):
         self._values = dict(values)
         self._window = window
+        self.present = present or {}
+
+    def changed_to(self, values: Mapping[str, Any]) -> Logs:
+        """Return these logs with other values: what a hook returned, and what the logs know beside the values."""
+        present = {**self.present, **values.present} if isinstance(values, Logs) else self.present
+        return Logs(values, self._window, present)
 
     @property
     def window(self) -> Mapping[str, np.ndarray]:

@@ -182,7 +182,7 @@ class TrainState:
         return self.replace(skip=jnp.logical_or(self.skip, when))
 
     @property
-    def hyperparams(self) -> dict[str, chex.Array]:
+    def hyperparams(self) -> _hyperparams.Hyperparams:
         """The numbers that can be changed while training, without compiling anything again.
 
         Those of an optimizer made with ``optax.inject_hyperparams`` are here under their own names, those that a
@@ -210,8 +210,11 @@ class TrainState:
         Raises:
             HyperparamError: there is none of that name, or a schedule sets it.
         """
-        opt_state, memories = _hyperparams.written(self.opt_state, self.callback_states, values, strong)
+        opt_state, memories = _hyperparams.written(self.opt_state, self.callback_states, values, self._like)
         return self.replace(opt_state=opt_state, callback_states=memories)
+
+    def _like(self, new: Any, old: Any) -> jax.Array:
+        return jnp.asarray(new, dtype=old.dtype) if self.host is None else strong(new, old)
 
     def with_callback_state(self, name: str, value: Any) -> TrainState:
         """Return the state in which the callback ``name`` remembers ``value``.

@@ -110,21 +110,24 @@ class Step:
             last: boolean scalar, whether the epoch ends with this batch, so that an open window closes.
         """
         run_hook = self.events.step_hook
-        stop, skip = jnp.bool_(False), jnp.bool_(False)
+        stop: Any = jnp.bool_(False)
+        skip: Any = jnp.bool_(False)
         examples = batch_size_of(batch)
         state = state.replace(stop=stop)
         state, logs = run_hook("on_batch_begin", batch_idx, state, Logs({"batch_size": examples}))
 
         model_state = state.model_state
         state, grads, step_logs, finite = self.gradients(state, batch)
-        before_hooks, logs = state.replace(skip=skip), Logs({**logs, **step_logs})
+        before_hooks, logs = state.replace(skip=skip), logs.changed_to({**logs, **step_logs})
         state, grads, logs = run_hook("on_backward_end", batch_idx, before_hooks, grads, logs)
         if finite is not None:  # what hooks made of gradients that overflowed must not stay
             state = _where(finite, state, before_hooks)
         if state.skip is not skip:
-            finite = ~state.skip if finite is None else finite & ~state.skip
+            skipped: Any = state.skip
+            kept = ~skipped
+            finite = kept if finite is None else finite & kept
             state = state.replace(model_state=_where(finite, state.model_state, model_state))
-            logs = Logs({**logs, "step_skipped": 1.0 - finite.astype(jnp.float32)})
+            logs = logs.changed_to({**logs, "step_skipped": 1.0 - finite.astype(jnp.float32)})
         state = state.replace(skip=None)
 
         counted = examples if finite is None else jnp.where(finite, examples, 0)
@@ -137,8 +140,10 @@ class Step:
         state, logs = run_hook("on_batch_end", batch_idx, state, logs)
         weights |= {name: examples for name in logs if name not in weights or name in ("step_skipped", "loss_scale")}
         values = {name: jnp.asarray(value) for name, value in logs.items() if name != "batch_size"}
+        weights |= {name: jnp.where(present, weights[name], 0) for name, present in logs.present.items()}
         counts = {name: jnp.asarray(weights[name], jnp.int32) for name in values}
-        return StepResult(state.replace(stop=None), None if state.stop is stop else state.stop, values, counts)
+        asked: Any = None if state.stop is stop else state.stop
+        return StepResult(state.replace(stop=None), asked, values, counts)
 
     def _accumulate(
         self, state: TrainState, grads: PyTree, counted: Any, finite: Any, last: Any

@@ -98,7 +98,8 @@ def test_a_bad_return_is_refused_with_the_hook_and_the_fault(hook_name, traced, 
     ],
 )
 def test_gradients_keep_their_form(hook_name, change, message):
-    with pytest.raises(CallbackReturnError, match=f"{hook_name} returned {HOOKS[hook_name].tree} of another(.|\n)*{message}"):
+    returned = f"{hook_name} returned {HOOKS[hook_name].tree}"
+    with pytest.raises(CallbackReturnError, match=f"{returned} of another(.|\n)*{message}"):
         fit_with(hook_name, lambda batch_idx, trainer, state, grads, logs: (state, change(grads), logs))
 
 

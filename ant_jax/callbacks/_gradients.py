@@ -1,19 +1,24 @@
-"""Callbacks that rewrite gradients, or look at them."""
+"""Callbacks that rewrite gradients. The arithmetic is optax's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
 from ant_jax._callback import Callback
+from ant_jax._hyperparams import Hyperparam
+from ant_jax.callbacks._arguments import check_not_negative, check_positive
 
 
 def from_optax(transformation: optax.GradientTransformation, *, name: str = "from_optax") -> Callback:
     """Make a callback of any optax transformation of gradients.
 
     It runs in ``on_before_update``: once per update, on the mean gradient of the accumulation window. One of them is
-    the same, to the bit, as ``optax.chain(transformation, optimizer)``.
+    the same, to the bit, as ``optax.chain(transformation, optimizer)``. A transformation that asks for the loss is
+    given it as ``value``. Made with ``optax.inject_hyperparams``, it has its numbers in ``state.hyperparams``.
 
     Args:
         transformation: for example ``optax.add_noise(...)`` or ``optax.adaptive_grad_clip(...)``.
@@ -30,27 +35,19 @@ def from_optax(transformation: optax.GradientTransformation, *, name: str = "fro
     """
     if not isinstance(transformation, optax.GradientTransformation):
         raise TypeError(f"from_optax: expected an optax.GradientTransformation, got {transformation!r}")
-
-    def init(state: Any) -> Any:
-        return transformation.init(state.params)
-
-    def on_before_update(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
-        del batch_idx, trainer
-        grads, memory = transformation.update(grads, state.callback_states[name], state.params)
-        return state.with_callback_state(name, memory), grads, logs
-
-    return Callback(name=name, init=init, on_before_update=on_before_update)
+    return _transforming(name, "on_before_update", transformation)
 
 
-def clip_by_global_norm(max_norm: float, *, name: str = "clip_by_global_norm") -> Callback:
+def clip_by_global_norm(max_norm: float | Hyperparam, *, name: str = "clip_by_global_norm") -> Callback:
     """Scale the gradients down where their global norm exceeds ``max_norm``.
 
     It runs in ``on_before_update``, on the mean gradient of the accumulation window, and the arithmetic is
     ``optax.clip_by_global_norm``'s: ``max_norm / norm``, without the 1e-6 that torch adds to the norm.
 
     Args:
-        max_norm: the largest norm that the gradients keep; positive.
-        name: of the callback.
+        max_norm: the largest norm that the gradients keep; positive. As a ``Hyperparam`` it can be changed while
+            training.
+        name: of the callback; its memory is optax's state, which holds nothing but the ``Hyperparam``.
 
     Returns:
         A callback that changes the gradients.
@@ -64,29 +61,173 @@ def clip_by_global_norm(max_norm: float, *, name: str = "clip_by_global_norm") -
     >>> clip_by_global_norm(1.0)
     Callback(name='clip_by_global_norm', hooks=on_before_update)
     """
-    if not max_norm > 0:
-        raise ValueError(f"clip_by_global_norm: max_norm must be positive, got {max_norm!r}")
-    return from_optax(optax.clip_by_global_norm(max_norm), name=name)
+    check_positive("clip_by_global_norm", "max_norm", max_norm)
+    return _transforming(name, "on_before_update", _made(optax.clip_by_global_norm, max_norm=max_norm))
 
 
-def gradient_norm(*, name: str = "grad_norm") -> Callback:
-    """Log the global norm of the gradients of every batch.
+def clip_by_value(max_value: float | Hyperparam, *, name: str = "clip_by_value") -> Callback:
+    """Clip every element of the gradients to ``[-max_value, max_value]``.
 
-    It runs in ``on_backward_end``, so it sees what the callbacks before it left of the gradients of this batch, before
-    accumulation and before anything that runs in ``on_before_update``, clipping for instance.
+    It runs in ``on_before_update``, on the mean gradient of the accumulation window: ``optax.clip``.
 
     Args:
-        name: of the callback and of the log.
+        max_value: the largest magnitude that an element keeps; positive. As a ``Hyperparam`` (named ``max_delta``, as
+            in optax) it can be changed while training.
+        name: of the callback; its memory is optax's state, which holds nothing but the ``Hyperparam``.
 
     Returns:
-        A callback that publishes ``logs[name]``, a float32 scalar.
+        A callback that changes the gradients.
 
-    >>> gradient_norm()
-    Callback(name='grad_norm', hooks=on_backward_end)
+    Raises:
+        ValueError: ``max_value`` is not positive.
+
+    >>> clip_by_value(0.5)
+    Callback(name='clip_by_value', hooks=on_before_update)
     """
+    check_positive("clip_by_value", "max_value", max_value)
+    return _transforming(name, "on_before_update", _made(optax.clip, max_delta=max_value))
 
-    def on_backward_end(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+
+def adaptive_grad_clip(
+    clipping: float | Hyperparam = 0.01, *, eps: float | Hyperparam = 1e-3, name: str = "adaptive_grad_clip"
+) -> Callback:
+    """Clip the gradient of every unit to a share of the norm of that unit's weights (AGC).
+
+    It runs in ``on_before_update``, on the mean gradient of the accumulation window: ``optax.adaptive_grad_clip``. A
+    unit is what feeds one output: a column of a dense kernel, a filter of a convolution.
+
+    Args:
+        clipping: the largest ratio of the norm of a unit's gradient to the norm of its weights; positive.
+        eps: the norm that weights have at least, so that a unit that starts at zero can leave it; positive. Both can be
+            a ``Hyperparam``.
+        name: of the callback; its memory is optax's state, which holds nothing but a ``Hyperparam``.
+
+    Returns:
+        A callback that changes the gradients.
+
+    Raises:
+        ValueError: an argument is not positive.
+
+    References:
+        Brock et al., High-performance large-scale image recognition without normalization, 2021,
+        https://arxiv.org/abs/2102.06171
+
+    >>> adaptive_grad_clip(0.01)
+    Callback(name='adaptive_grad_clip', hooks=on_before_update)
+    """
+    check_positive("adaptive_grad_clip", "clipping", clipping)
+    check_positive("adaptive_grad_clip", "eps", eps)
+    return _transforming(name, "on_before_update", _made(optax.adaptive_grad_clip, clipping=clipping, eps=eps))
+
+
+def gradient_noise(
+    eta: float | Hyperparam = 0.01, *, gamma: float | Hyperparam = 0.55, name: str = "gradient_noise"
+) -> Callback:
+    """Add Gaussian noise to the gradients, less and less of it.
+
+    It runs in ``on_before_update``; at update ``t``, counted from 0, the noise has the variance
+    ``eta / (1 + t) ** gamma``: ``optax.add_noise``. The seed of the run decides the noise.
+
+    Args:
+        eta: the variance at the first update; not negative.
+        gamma: how fast it falls; not negative. Both can be a ``Hyperparam``.
+        name: of the callback; its memory is optax's state: the number of updates and a random key.
+
+    Returns:
+        A callback that changes the gradients.
+
+    Raises:
+        ValueError: an argument is negative.
+
+    References:
+        Neelakantan et al., Adding gradient noise improves learning for very deep networks, 2015,
+        https://arxiv.org/abs/1511.06807
+
+    >>> gradient_noise(0.01)
+    Callback(name='gradient_noise', hooks=on_before_update)
+    """
+    check_not_negative("gradient_noise", "eta", eta)
+    check_not_negative("gradient_noise", "gamma", gamma)
+
+    def made(key: Any) -> optax.GradientTransformation:
+        return _made(optax.add_noise, eta=eta, gamma=gamma, key=key)
+
+    # The key only begins the memory; updates draw from the one in it.
+    return _transforming(name, "on_before_update", made(0), lambda state: made(state.random_key(name)))
+
+
+def centralize(*, name: str = "centralize") -> Callback:
+    """Subtract from the gradient of every matrix, or higher array, its mean over all axes but the last.
+
+    It runs in ``on_before_update``: ``optax.centralize``. Vectors and scalars stay as they are.
+
+    Args:
+        name: of the callback; its memory is empty.
+
+    Returns:
+        A callback that changes the gradients.
+
+    References:
+        Yong et al., Gradient centralization: a new optimization technique for deep neural networks, 2020,
+        https://arxiv.org/abs/2004.01461
+
+    >>> centralize()
+    Callback(name='centralize', hooks=on_before_update)
+    """
+    return _transforming(name, "on_before_update", optax.centralize())
+
+
+def zero_nans(*, name: str = "zero_nans") -> Callback:
+    """Put 0 where the gradients are NaN.
+
+    It runs in ``on_backward_end``, on the gradient of every batch, before one NaN can spoil the sum of an accumulation
+    window: ``optax.zero_nans``. To leave out the whole batch instead, see :func:`skip_nonfinite`.
+
+    Args:
+        name: of the callback; its memory is optax's state: for every parameter, whether the last gradient had a NaN.
+
+    Returns:
+        A callback that changes the gradients.
+
+    >>> zero_nans()
+    Callback(name='zero_nans', hooks=on_backward_end)
+    """
+    return _transforming(name, "on_backward_end", optax.zero_nans())
+
+
+def _made(factory: Callable[..., optax.GradientTransformation], **arguments: Any) -> optax.GradientTransformation:
+    """Call an optax factory; a ``Hyperparam`` among the arguments goes into the state, the other numbers do not."""
+    changing = {name: value.value for name, value in arguments.items() if isinstance(value, Hyperparam)}
+    if not changing:
+        return factory(**arguments)
+    return optax.inject_hyperparams(factory, static_args=arguments.keys() - changing)(**{**arguments, **changing})
+
+
+def _transforming(
+    name: str,
+    hook: str,
+    transformation: optax.GradientTransformation,
+    initial: Callable[[Any], optax.GradientTransformation] | None = None,
+) -> Callback:
+    """Make a callback that runs a transformation in a hook.
+
+    Args:
+        name: of the callback.
+        hook: which one.
+        transformation: what to run.
+        initial: makes of the first state the one whose ``init`` begins the memory; by default it is the same.
+    """
+    update = optax.with_extra_args_support(transformation).update
+
+    def init(state: Any) -> Any:
+        return (transformation if initial is None else initial(state)).init(state.params)
+
+    def rewrite(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
         del batch_idx, trainer
-        return state, grads, {**logs, name: optax.tree.norm(grads)}
+        # optax is not written for jax_numpy_dtype_promotion="strict", which a user may have set.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            grads, memory = update(grads, state.callback_states[name], state.params, value=logs["loss"])
+        return state.with_callback_state(name, memory), grads, logs
 
-    return Callback(name=name, on_backward_end=on_backward_end)
+    hooks: dict[str, Any] = {hook: rewrite}
+    return Callback(name=name, init=init, **hooks)

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
+import time
+from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from ant_jax._callback import Callback
+from ant_jax._hyperparams import Hyperparam
+from ant_jax.callbacks._arguments import (
+    check_choice,
+    check_count,
+    check_finite,
+    check_not_negative,
+    check_positive,
+    number,
+)
 
 
 def early_stopping(
@@ -15,22 +28,29 @@ def early_stopping(
     patience: int = 5,
     min_delta: float = 0.0,
     mode: Literal["min", "max"] = "min",
+    baseline: float | None = None,
+    start_epoch: int = 0,
+    restore_best: bool = False,
     name: str = "early_stopping",
 ) -> Callback:
     """End the run when a log has stopped improving.
 
-    Traced: its memory is ``{"best": float32 scalar, "wait": int32 scalar}``, the best value so far and the epochs
-    since, so that a run that is resumed waits as long as it should. A NaN is no improvement.
+    Traced, in ``on_epoch_end``: a run that is resumed waits as long as it should. A NaN is no improvement.
 
     Args:
         monitor: a log of ``on_epoch_end``.
         patience: end after so many epochs in a row without an improvement; at least 1.
         min_delta: how much better than the best so far a value must be to count; not negative.
         mode: ``"min"`` if smaller is better, ``"max"`` if larger is.
-        name: of the callback.
+        baseline: an improvement that does not reach it does not end the wait.
+        start_epoch: the first epoch, from 0, that is looked at; those before it are warm-up.
+        restore_best: whether the run ends with the parameters and the model state of the best epoch. It is done in
+            ``on_train_end``; checkpoints hold the latest and, in the callback's memory, the best.
+        name: of the callback. Its memory is ``{"best": float32 scalar, "wait": int32 scalar}``, the best value so far
+            and the epochs since, and with ``restore_best`` also ``params`` and ``model_state`` of the best epoch.
 
     Returns:
-        A callback that requests the stop in ``on_epoch_end``.
+        A callback that requests the stop.
 
     Raises:
         ValueError: an argument out of range.
@@ -41,27 +61,139 @@ def early_stopping(
 
     >>> early_stopping("val_accuracy", mode="max", patience=3)
     Callback(name='early_stopping', hooks=on_epoch_end)
+    >>> early_stopping(restore_best=True)
+    Callback(name='early_stopping', hooks=on_epoch_end, on_train_end)
     """
-    if patience < 1:
-        raise ValueError(f"early_stopping: patience must be at least 1, got {patience!r}")
-    if not min_delta >= 0:
-        raise ValueError(f"early_stopping: min_delta must not be negative, got {min_delta!r}")
-    if mode not in ("min", "max"):
-        raise ValueError(f"early_stopping: mode must be 'min' or 'max', got {mode!r}")
+    check_count("early_stopping", "patience", patience, unit="epochs")
+    check_not_negative("early_stopping", "min_delta", min_delta)
+    check_choice("early_stopping", "mode", mode, "min", "max")
+    if baseline is not None:
+        check_finite("early_stopping", "baseline", baseline)
+    check_count("early_stopping", "start_epoch", start_epoch, least=0)
     sign = 1.0 if mode == "min" else -1.0
+
+    def weights(state: Any) -> dict[str, Any]:
+        return {"params": state.params, "model_state": state.model_state} if restore_best else {}
+
+    def init(state: Any) -> Any:
+        return {"best": jnp.float32(sign * jnp.inf), "wait": jnp.int32(0), **weights(state)}
+
+    def on_epoch_end(epoch: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        del trainer
+        memory = state.callback_states[name]
+        value, counts = jnp.asarray(logs[monitor], jnp.float32), epoch >= start_epoch
+        improved = counts & (sign * value < sign * memory["best"] - min_delta)
+        reset = improved if baseline is None else improved & (sign * value < sign * baseline - min_delta)
+        wait = jnp.where(reset | ~counts, 0, memory["wait"] + 1)
+        best = {"best": value, **weights(state)}
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(improved, new, old), best, {field: memory[field] for field in best}
+        )
+        state = state.with_callback_state(name, {**kept, "wait": wait})
+        return state.request_stop(when=wait >= patience), logs
+
+    def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
+        del trainer
+        memory = state.callback_states[name]
+        return state.replace(params=memory["params"], model_state=memory["model_state"]), logs
+
+    restore: dict[str, Any] = {"on_train_end": on_train_end} if restore_best else {}
+    return Callback(name=name, init=init, traced=True, on_epoch_end=on_epoch_end, **restore)
+
+
+def stop_at(
+    threshold: float | Hyperparam,
+    monitor: str = "val_loss",
+    *,
+    mode: Literal["min", "max"] = "min",
+    per: Literal["epoch", "batch"] = "epoch",
+    name: str = "stop_at",
+) -> Callback:
+    """End the run when a log has reached a value.
+
+    Traced: per batch the run ends after the very batch that reached it, however many steps a launch has.
+
+    Args:
+        threshold: the value. As a ``Hyperparam`` it can be changed while training.
+        monitor: a log of ``on_epoch_end``, or of ``on_batch_end`` when it is looked at per batch.
+        mode: ``"min"``: stop at or below the threshold; ``"max"``: at or above it.
+        per: when to look: at the end of every ``"epoch"`` or of every ``"batch"``.
+        name: of the callback; its memory holds nothing but the ``Hyperparam``.
+
+    Returns:
+        A callback that requests the stop.
+
+    Raises:
+        ValueError: an argument out of range.
+        KeyError: at the first look, if there is no log of that name; the message lists those there are.
+
+    >>> stop_at(0.99, "val_accuracy", mode="max")
+    Callback(name='stop_at', hooks=on_epoch_end)
+    """
+    check_finite("stop_at", "threshold", threshold)
+    check_choice("stop_at", "mode", mode, "min", "max")
+    check_choice("stop_at", "per", per, "epoch", "batch")
+    changing = isinstance(threshold, Hyperparam)
 
     def init(state: Any) -> Any:
         del state
-        return {"best": jnp.float32(sign * jnp.inf), "wait": jnp.int32(0)}
+        return {"hyperparams": {"threshold": jnp.float32(number(threshold))}} if changing else None
 
-    def on_epoch_end(epoch: Any, trainer: Any, state: Any, logs: Any) -> Any:
-        del epoch, trainer
-        memory = state.callback_states[name]
+    def look(position: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        del position, trainer
         value = jnp.asarray(logs[monitor], jnp.float32)
-        improved = sign * value < sign * memory["best"] - min_delta
-        best = jnp.where(improved, value, memory["best"])
-        wait = jnp.where(improved, 0, memory["wait"] + 1)
-        state = state.with_callback_state(name, {"best": best, "wait": wait})
-        return state.request_stop(when=wait >= patience), logs
+        bound = state.callback_states[name]["hyperparams"]["threshold"] if changing else number(threshold)
+        return state.request_stop(when=value <= bound if mode == "min" else value >= bound), logs
 
-    return Callback(name=name, init=init, traced=True, on_epoch_end=on_epoch_end)
+    hooks: dict[str, Any] = {f"on_{per}_end": look}
+    return Callback(name=name, init=init, traced=True, **hooks)
+
+
+def time_limit(
+    seconds: float | datetime.timedelta,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    name: str = "time_limit",
+) -> Callback:
+    """End the run when it has trained for so long.
+
+    On the host, whenever that has control, which is about ten times a second. The time counts on when a run is
+    resumed; what passes between the two runs does not count.
+
+    Args:
+        seconds: the limit, in seconds or as a ``timedelta``; positive.
+        clock: returns seconds.
+        name: of the callback. Its memory is ``{"seconds": float}``, the time so far.
+
+    Returns:
+        A callback that requests the stop.
+
+    Raises:
+        ValueError: ``seconds`` is not positive.
+
+    >>> time_limit(datetime.timedelta(hours=8))
+    Callback(name='time_limit', hooks=on_train_begin, on_batch_end, on_epoch_end)
+    """
+    limit = seconds.total_seconds() if isinstance(seconds, datetime.timedelta) else seconds
+    check_positive("time_limit", "seconds", limit)
+    since = [0.0]  # when time was last counted: a fact about this process, no part of the run
+
+    def init(state: Any) -> Any:
+        del state
+        return {"seconds": 0.0}
+
+    def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
+        del trainer
+        since[0] = clock()
+        return state, logs
+
+    def look(position: int, trainer: Any, state: Any, logs: Any) -> Any:
+        del position, trainer
+        now = clock()
+        passed = state.callback_states[name]["seconds"] + now - since[0]
+        since[0] = now
+        return state.with_callback_state(name, {"seconds": passed}).request_stop(when=passed >= limit), logs
+
+    return Callback(
+        name=name, every=None, init=init, on_train_begin=on_train_begin, on_batch_end=look, on_epoch_end=look
+    )

@@ -1,4 +1,4 @@
-"""Callbacks that keep other versions of the weights."""
+"""Callbacks that keep averages of the weights."""
 
 from __future__ import annotations
 
@@ -9,25 +9,31 @@ import jax.numpy as jnp
 import optax
 
 from ant_jax._callback import Callback
+from ant_jax._hyperparams import Hyperparam
+from ant_jax.callbacks._arguments import check_count, check_fraction, number
 
 
-def ema(decay: float = 0.999, *, name: str = "ema") -> Callback:
+def ema(decay: float | Hyperparam = 0.999, *, evaluate: bool = False, name: str = "ema") -> Callback:
     """Keep an exponential moving average of the parameters.
 
-    After every update, ``average = decay * average + (1 - decay) * params``, from the initial parameters on. Its
-    memory, ``state.callback_states[name]``, is that average; to evaluate it::
+    Traced, in ``on_batch_end``: after every update, ``average = decay * average + (1 - decay) * params``, from the
+    initial parameters on. With ``evaluate=True`` every evaluation sees the average in the place of the parameters, and
+    so do callbacks that monitor it: the best checkpoint is then the one with the best average. To use the average by
+    hand::
 
-        trainer.evaluate(state.replace(params=state.callback_states["ema"]), loader)
+        trainer.predict(state.replace(params=state.callback_states["ema"]["average"]), inputs)
 
     Args:
-        decay: in (0, 1); averages over about ``1 / (1 - decay)`` updates.
-        name: of the callback.
+        decay: between 0 and 1; averages over about ``1 / (1 - decay)`` updates. As a ``Hyperparam`` it can be changed
+            while training.
+        evaluate: whether to evaluate the average. Only one callback of a trainer may.
+        name: of the callback. Its memory is ``{"average": like the parameters}``, and the ``Hyperparam``.
 
     Returns:
-        A traced callback with an ``on_batch_end``.
+        A callback that keeps an average.
 
     Raises:
-        ValueError: ``decay`` is not in (0, 1).
+        ValueError: ``decay`` is not between 0 and 1.
 
     References:
         Polyak and Juditsky, Acceleration of stochastic approximation by averaging, 1992,
@@ -35,19 +41,87 @@ def ema(decay: float = 0.999, *, name: str = "ema") -> Callback:
 
     >>> ema(0.99)
     Callback(name='ema', hooks=on_batch_end)
+    >>> ema(evaluate=True)
+    Callback(name='ema', hooks=on_batch_end, on_evaluate_begin, on_evaluate_end)
     """
-    if not 0 < decay < 1:
-        raise ValueError(f"ema: decay must be between 0 and 1, got {decay!r}")
+    check_fraction("ema", "decay", decay)
+    changing = isinstance(decay, Hyperparam)
 
     def init(state: Any) -> Any:
-        return state.params
+        numbers = {"hyperparams": {"decay": jnp.float32(number(decay))}} if changing else {}
+        return {"average": state.params, **numbers}
 
     def on_batch_end(batch_idx: Any, trainer: Any, state: Any, logs: Any) -> Any:
         del batch_idx, trainer
-        before = state.callback_states[name]
-        average = optax.incremental_update(state.params, before, 1 - decay)
+        memory = state.callback_states[name]
+        share = 1 - (memory["hyperparams"]["decay"] if changing else number(decay))
+        average = optax.incremental_update(state.params, memory["average"], share)
         if state.accumulator is not None:  # between the batches of a window nothing is updated
-            average = jax.tree.map(lambda old, new: jnp.where(state.window_open, old, new), before, average)
-        return state.with_callback_state(name, average), logs
+            average = _chosen(state.window_open, memory["average"], average)
+        return state.with_callback_state(name, {**memory, "average": average}), logs
 
-    return Callback(name=name, init=init, traced=True, on_batch_end=on_batch_end)
+    return Callback(name=name, init=init, traced=True, on_batch_end=on_batch_end, **_swaps(name, evaluate))
+
+
+def swa(start_epoch: int, *, evaluate: bool = False, name: str = "swa") -> Callback:
+    """Keep the plain average of the parameters at the ends of epochs (stochastic weight averaging).
+
+    Traced, in ``on_epoch_end``. It goes with a learning rate that is high and constant, or cyclic, from ``start_epoch``
+    on; see :func:`learning_rate_schedule`. A model with batch normalisation needs its statistics estimated anew for the
+    average; this callback averages parameters only.
+
+    Args:
+        start_epoch: the first epoch, from 0, whose last parameters count.
+        evaluate: whether evaluations see the average of the epochs before, as soon as there is one, in the place of
+            the parameters. Only one callback of a trainer may.
+        name: of the callback. Its memory is ``{"average": like the parameters, "count": int32 scalar}``: the average,
+            which is the initial parameters as long as there is none, and how many epochs are in it.
+
+    Returns:
+        A callback that keeps an average.
+
+    Raises:
+        ValueError: ``start_epoch`` is negative.
+
+    References:
+        Izmailov et al., Averaging weights leads to wider optima and better generalization, 2018,
+        https://arxiv.org/abs/1803.05407
+
+    >>> swa(start_epoch=15)
+    Callback(name='swa', hooks=on_epoch_end)
+    """
+    check_count("swa", "start_epoch", start_epoch, least=0)
+
+    def init(state: Any) -> Any:
+        return {"average": state.params, "count": jnp.int32(0)}
+
+    def on_epoch_end(epoch: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        del trainer
+        memory = state.callback_states[name]
+        counts = epoch >= start_epoch
+        count = memory["count"] + counts.astype(jnp.int32)
+        share = 1 / jnp.maximum(count, 1).astype(jnp.float32)
+        updated = optax.incremental_update(state.params, memory["average"], share)
+        average = _chosen(counts, updated, memory["average"])
+        return state.with_callback_state(name, {"average": average, "count": count}), logs
+
+    return Callback(name=name, init=init, traced=True, on_epoch_end=on_epoch_end, **_swaps(name, evaluate))
+
+
+def _swaps(name: str, evaluate: bool) -> dict[str, Any]:
+    """The hooks that put the average in the place of the parameters while evaluating, and those where it was."""
+
+    def swap(trainer: Any, state: Any, logs: Any) -> Any:
+        del trainer
+        memory = state.callback_states[name]
+        params, average = state.params, memory["average"]
+        if "count" in memory:  # as long as nothing has been averaged, there is nothing to evaluate
+            there = memory["count"] > 0
+            params, average = _chosen(there, params, average), _chosen(there, average, params)
+        return state.replace(params=average).with_callback_state(name, {**memory, "average": params}), logs
+
+    return {"on_evaluate_begin": swap, "on_evaluate_end": swap} if evaluate else {}
+
+
+def _chosen(condition: Any, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

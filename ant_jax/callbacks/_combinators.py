@@ -1,0 +1,260 @@
+"""Callbacks made of callbacks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ant_jax._branches import run_if
+from ant_jax._callback import BATCH_HOOKS, HOOKS, STEP_HOOKS, Callback, HookFn, checked, hooks_of
+from ant_jax._judging import judged
+from ant_jax.callbacks._arguments import check_count
+
+
+_logger = logging.getLogger("ant_jax")
+
+# (name of the hook, what stands before the trainer or None, state, logs) -> whether the hook is to run.
+_Due = Callable[[str, Any, Any, Any], Any]
+
+
+def every(callback: Callback, *, batches: int | None = None, epochs: int | None = None) -> Callback:
+    """Run a callback more rarely.
+
+    A host callback looks at every ``batches`` batches, as if it had been made with ``every=batches``. A traced one, and
+    the hooks with gradients or updates of any, run at the last of every so many batches of an epoch
+    (``on_batch_begin`` at the first). With ``epochs``, its other hooks run in the last of every so many epochs; those
+    of the run always do. A log that a traced hook publishes is NaN where the hook does not run.
+
+    Args:
+        callback: which one; the result keeps its name and its memory.
+        batches: 1 or more.
+        epochs: 1 or more.
+
+    Returns:
+        The callback, run more rarely.
+
+    Raises:
+        TypeError: ``callback`` is none.
+        ValueError: neither number is given, or one is out of range; or it has no hook that the number can be about
+            (inside the step nobody knows the epoch).
+
+    >>> from ant_jax.callbacks import gradient_norm, log_progress
+    >>> every(gradient_norm(), batches=10)
+    Callback(name='grad_norm', hooks=on_backward_end)
+    """
+    hooks = _hooks_of("every", callback)
+    if batches is None and epochs is None:
+        raise ValueError("every: give batches=, epochs= or both")
+    check_count("every", "batches", batches, unit="batches", optional=True)
+    check_count("every", "epochs", epochs, unit="epochs", optional=True)
+    in_step = [name for name in hooks if name in STEP_HOOKS or (name in BATCH_HOOKS and callback.traced)]
+    if batches and not any(name in BATCH_HOOKS or name in STEP_HOOKS for name in hooks):
+        raise ValueError(f"every: callback {callback.name!r} has no hook of batches; give epochs= alone")
+    blind = in_step + [name for name in hooks if callback.traced and name.startswith("on_evaluate")]
+    if epochs and blind:
+        raise ValueError(
+            f"every: {blind[0]} of callback {callback.name!r} runs in compiled code, where the epoch is not known; "
+            f"give batches="
+        )
+
+    def due(name: str, lead: Any, state: Any, logs: Any) -> Any:
+        del logs
+        if batches and name in in_step:
+            return (lead if name == "on_batch_begin" else lead + 1) % batches == 0
+        if epochs and HOOKS[name].lead == "epoch":
+            return (lead + 1) % epochs == 0
+        if epochs and name not in ("on_train_begin", "on_train_end", "on_exception"):
+            counted = name == "on_checkpoint" and state.batch_idx == 0  # the epoch is done, and has been counted
+            return (state.epoch + (not counted)) % epochs == 0
+        return True
+
+    looks = batches if batches and not callback.traced and any(name in BATCH_HOOKS for name in hooks) else None
+    return _wrapped(callback, {name: _if(due, name, hook) for name, hook in hooks.items()}, looks)
+
+
+def when(predicate: Callable[[Any, Any], Any], callback: Callback) -> Callback:
+    """Run a callback's hooks only where a condition holds.
+
+    Args:
+        predicate: ``predicate(state, logs)``, asked before every hook: a bool, or for a traced hook a boolean scalar
+            made of the state's arrays (``state.step < 1000``) and the logs. A traced hook is then left out at run time,
+            and a log that it publishes is NaN.
+        callback: which one; the result keeps its name and its memory.
+
+    Returns:
+        The callback, run where the condition holds.
+
+    Raises:
+        TypeError: ``predicate`` is not a function or ``callback`` no callback.
+
+    >>> from ant_jax.callbacks import gradient_noise
+    >>> when(lambda state, logs: state.step < 1000, gradient_noise())
+    Callback(name='gradient_noise', hooks=on_before_update)
+    """
+    if not callable(predicate):
+        raise TypeError(f"when: predicate must be a function of (state, logs), got {predicate!r}")
+
+    def due(name: str, lead: Any, state: Any, logs: Any) -> Any:
+        del name, lead
+        return predicate(state, logs)
+
+    return _wrapped(callback, {name: _if(due, name, hook) for name, hook in _hooks_of("when", callback).items()})
+
+
+def chain(*callbacks: Callback, name: str = "chain") -> Callback:
+    """Make one callback of several, which run one after the other at every hook.
+
+    Args:
+        *callbacks: all traced or all on the host, and with the same ``every``.
+        name: of the chain. Its memory is those of the callbacks, by their names.
+
+    Returns:
+        One callback.
+
+    Raises:
+        TypeError: one is no callback.
+        ValueError: there are none, two have the same name, or they differ in ``traced`` or ``every``.
+
+    >>> from ant_jax.callbacks import centralize, clip_by_global_norm
+    >>> chain(centralize(), clip_by_global_norm(1.0))
+    Callback(name='chain', hooks=on_before_update)
+    """
+    members = checked(callbacks)
+    if not members:
+        raise ValueError("chain: give it callbacks")
+    if len({(member.traced, member.every) for member in members}) > 1:
+        kinds = ", ".join(f"{member.name!r}: traced={member.traced}, every={member.every}" for member in members)
+        raise ValueError(f"chain: callbacks of one chain run at the same places and as often; got {kinds}")
+
+    def init(state: Any) -> Any:
+        memories = {member.name: member.init(state) for member in members}
+        return {owner: memory for owner, memory in memories.items() if memory is not None} or None
+
+    def hook_of(hook_name: str) -> HookFn:
+        def hook(*arguments: Any) -> Any:
+            place = len(arguments) - len(HOOKS[hook_name].values)
+            lead, (state, *rest) = arguments[:place], arguments[place:]
+            others, memories = state.callback_states, state.callback_states.get(name) or {}
+            given = (state.replace(callback_states={**others, **memories}), *rest)
+            for member in members:
+                function = hooks_of(member).get(hook_name)
+                if function is not None:
+                    given = _called(member, hook_name, function, lead, given)
+            state, *rest = given
+            after = state.callback_states
+            kept = {owner: others[owner] if owner in memories else after[owner] for owner in others}
+            if memories:
+                kept[name] = {owner: after[owner] for owner in memories}
+            return state.replace(callback_states=kept), *rest
+
+        return hook
+
+    hooks: dict[str, Any] = {hook: hook_of(hook) for hook in HOOKS if any(hook in hooks_of(m) for m in members)}
+    return Callback(name=name, init=init, traced=members[0].traced, every=members[0].every, **hooks)
+
+
+def tolerate(callback: Callback, *, failures: int = 3) -> Callback:
+    """Let a run go on when a host callback fails, such as a tracker whose server is down.
+
+    An exception in one of its hooks is logged as a warning (logger ``ant_jax``), and the state and the logs stay as
+    they were. After so many failures in a run it is not called any more. Ctrl-C is no failure.
+
+    Args:
+        callback: which one; the result keeps its name and its memory.
+        failures: how many to bear before giving up on it; at least 1.
+
+    Returns:
+        The callback, whose failures are borne.
+
+    Raises:
+        TypeError: ``callback`` is none.
+        ValueError: ``failures`` is below 1, or the callback has hooks inside the step, where nothing can fail on its
+            own.
+
+    >>> from ant_jax.callbacks import log_progress
+    >>> tolerate(log_progress(), failures=5).name
+    'log_progress'
+    """
+    hooks = _hooks_of("tolerate", callback)
+    check_count("tolerate", "failures", failures, unit="failures")
+    if callback.traced or any(name in STEP_HOOKS for name in hooks):
+        raise ValueError(
+            f"tolerate: callback {callback.name!r} has hooks inside the step; only host callbacks can fail"
+        )
+    failed = [0]  # in this run: a fact about this process, no part of the run
+
+    def hook_of(hook_name: str, function: HookFn) -> HookFn:
+        def hook(*arguments: Any) -> Any:
+            place = len(arguments) - len(HOOKS[hook_name].values)
+            lead, given = arguments[:place], arguments[place:]
+            if failed[0] >= failures:
+                return given
+            try:
+                return _called(callback, hook_name, function, lead, given)
+            except Exception as error:
+                failed[0] += 1
+                outlook = "it is not called any more" if failed[0] >= failures else "the run goes on"
+                _logger.warning(
+                    "callback %r failed in %s (failure %d of %d; %s): %s: %s",
+                    *(callback.name, hook_name, failed[0], failures, outlook, type(error).__name__, error),
+                )
+                return given
+
+        return hook
+
+    wrapped = {name: hook_of(name, hook) for name, hook in hooks.items()}
+    begin = wrapped.get("on_train_begin", lambda trainer, state, logs: (state, logs))
+
+    def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
+        failed[0] = 0
+        return begin(trainer, state, logs)
+
+    return _wrapped(callback, {**wrapped, "on_train_begin": on_train_begin})
+
+
+def _hooks_of(owner: str, callback: Callback) -> dict[str, HookFn]:
+    (callback,) = checked([callback])
+    hooks = hooks_of(callback)
+    if not hooks:
+        raise ValueError(f"{owner}: callback {callback.name!r} has no hooks")
+    return hooks
+
+
+def _wrapped(callback: Callback, hooks: dict[str, Any], every: int | None = None) -> Callback:
+    """The callback with other hooks, and other looks if they are given."""
+    looks = callback.every if every is None else every
+    return Callback(name=callback.name, init=callback.init, traced=callback.traced, every=looks, **hooks)
+
+
+def _called(callback: Callback, name: str, function: HookFn, lead: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
+    """Call a hook of an inner callback, judge what it returns, and name it in what it raises."""
+    # A host callback's memory is its own affair; those on the device are judged when the outer callback returns.
+    device_names = None if given[0].host is None else frozenset[str]()
+    try:
+        return judged(name, given, function(*lead, *given), device_names)
+    except Exception as error:
+        error.add_note(f"in {name} of callback {callback.name!r}")
+        raise
+
+
+def _if(due: _Due, name: str, function: HookFn) -> HookFn:
+    """Make a hook that runs where ``due``: decided by Python where that can, and at run time in compiled code."""
+
+    def hook(*arguments: Any) -> Any:
+        place = len(arguments) - len(HOOKS[name].values)
+        before, given = arguments[:place], arguments[place:]
+        condition = due(name, before[0] if HOOKS[name].lead else None, given[0], given[-1])
+        if isinstance(condition, bool | np.bool_) or given[0].host is not None:
+            return function(*arguments) if condition else given
+
+        def run() -> Any:
+            *tree, logs = judged(name, given, function(*arguments))
+            return tree, logs
+
+        tree, logs = run_if(condition, run, list(given[:-1]), given[-1])
+        return (*tree, logs)
+
+    return hook

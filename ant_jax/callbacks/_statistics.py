@@ -1,0 +1,91 @@
+"""Callbacks that log what gradients, parameters and updates look like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from ant_jax._callback import Callback
+from ant_jax._trees import named_leaves
+
+
+# A histogram counts the elements whose magnitude is in [2**e, 2**(e + 1)), for e from the first of these to the last;
+# the first bin has all that are smaller, zeros included, and the last all that are larger.
+HISTOGRAM_EXPONENTS = range(-24, 8)
+
+
+def gradient_norm(*, name: str = "grad_norm") -> Callback:
+    """Log the global norm of the gradients of every batch.
+
+    It runs in ``on_backward_end``, so it sees what the callbacks before it left of the gradients of this batch, before
+    accumulation and before anything that runs in ``on_before_update``, clipping for instance.
+
+    Args:
+        name: of the callback and of the log; it keeps no memory.
+
+    Returns:
+        A callback that publishes ``logs[name]``, a float32 scalar.
+
+    >>> gradient_norm()
+    Callback(name='grad_norm', hooks=on_backward_end)
+    """
+
+    def on_backward_end(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+        del batch_idx, trainer
+        return state, grads, {**logs, name: optax.tree.norm(grads)}
+
+    return Callback(name=name, on_backward_end=on_backward_end)
+
+
+def gradient_statistics(
+    *, per_layer: bool = True, histograms: bool = False, name: str = "gradient_statistics"
+) -> Callback:
+    """Log the norms of gradients, parameters and updates at every update, in all and of each parameter.
+
+    It runs in ``on_before_update`` and ``on_before_apply``: the gradients are the mean ones of the accumulation window
+    as the callbacks before it left them, the parameters those before the update, and the updates what the optimizer
+    adds to them, learning rate and weight decay included. (``update_norm / param_norm`` near 1e-3 is what training
+    usually looks like.)
+
+    Args:
+        per_layer: whether to log those of each parameter, too, as ``grad_norm/<path>`` and so on.
+        histograms: whether to log ``grad_histogram/<path>``: how many elements of a gradient have a magnitude in
+            ``[2**e, 2**(e + 1))``, for ``e`` from -24 to 7, float32[32]; what is smaller is counted in the first bin,
+            what is larger in the last.
+        name: of the callback; it keeps no memory.
+
+    Returns:
+        A callback that publishes ``grad_norm``, ``param_norm`` and ``update_norm``, float32 scalars. Where a batch
+        brings no update they are NaN and not part of the epoch's mean.
+
+    >>> gradient_statistics()
+    Callback(name='gradient_statistics', hooks=on_before_update, on_before_apply)
+    """
+
+    def norms(kind: str, tree: Any) -> dict[str, Any]:
+        of_layers = {path: optax.tree.norm(leaf) for path, leaf in named_leaves(tree).items()}
+        in_all = {f"{kind}_norm": optax.tree.norm(of_layers)}
+        return in_all | ({f"{kind}_norm/{path}": norm for path, norm in of_layers.items()} if per_layer else {})
+
+    def on_before_update(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+        del batch_idx, trainer
+        logs = {**logs, **norms("grad", grads), **norms("param", state.params)}
+        if histograms:
+            logs |= {f"grad_histogram/{path}": _histogram(grad) for path, grad in named_leaves(grads).items()}
+        return state, grads, logs
+
+    def on_before_apply(batch_idx: Any, trainer: Any, state: Any, updates: Any, logs: Any) -> Any:
+        del batch_idx, trainer
+        return state, updates, {**logs, **norms("update", updates)}
+
+    return Callback(name=name, on_before_update=on_before_update, on_before_apply=on_before_apply)
+
+
+def _histogram(values: Any) -> Any:
+    first, last = HISTOGRAM_EXPONENTS[0], HISTOGRAM_EXPONENTS[-1]
+    _, exponents = jnp.frexp(values)  # mantissas are in [0.5, 1), so these are one too large
+    exponents = jnp.where(values == 0, first, exponents - 1)
+    bins = jnp.clip(exponents, first, last) - first
+    return jnp.zeros(len(HISTOGRAM_EXPONENTS), jnp.float32).at[bins.ravel()].add(1.0)
