@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import chex
 import jax
@@ -28,6 +29,9 @@ from ant_jax._trees import PyTree, describe_tree
 from ant_jax.callbacks import progress_bar
 from ant_jax.data import batch_size_of, canonical, inputs_of, length_of, refuse_bad_length
 
+
+if TYPE_CHECKING:  # Orbax takes long to import
+    from ant_jax._checkpoint import Checkpointer
 
 _logger = logging.getLogger("ant_jax")
 
@@ -176,14 +180,16 @@ class Trainer:
         if params is not None:
             refuse_mismatch("params", initial, params, "this trainer's model", dtypes=False)
             initial = params
-        initial = jax.tree.map(strong, initial)
+        return self._beginning(jax.tree.map(strong, initial), jax.tree.map(strong, model_state), key)
+
+    def _beginning(self, params: PyTree, model_state: PyTree, key: jax.Array) -> TrainState:
         state = TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=initial,
-            model_state=jax.tree.map(strong, model_state),
-            opt_state=jax.tree.map(strong, self.optimizer.init(initial)),
+            params=params,
+            model_state=model_state,
+            opt_state=jax.tree.map(strong, self.optimizer.init(params)),
             key=key,
-            accumulator=self._empty_window(initial),
+            accumulator=self._empty_window(params),
             loss_scale=self._initial_scale(),
             log_sums=None,
             callback_states={},
@@ -192,6 +198,75 @@ class Trainer:
         )
         state = state.replace(callback_states=initial_memories(self._events.callbacks, state))
         self._known_forms.add(self._form(state))
+        return state
+
+    def checkpointer(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int | None = None,
+        mode: Literal["min", "max"] | None = None,
+        save_last: bool = True,
+    ) -> Checkpointer:
+        """Open a directory to save states into, in the background; for loops of your own, and for callbacks.
+
+        Args:
+            directory: where to; it is made.
+            keep: how many checkpoints to keep: the newest, or the best when there is a ``mode``; ``None``: all.
+            mode: whether a smaller (``"min"``) or a larger (``"max"``) metric is better; ``None``: no metrics.
+            save_last: with a ``mode``, whether to keep the newest beside the best.
+
+        Returns:
+            A context manager with ``save(state, metric=None)``, ``wait()``, ``close()`` and ``steps``.
+        """
+        from ant_jax._checkpoint import Checkpointer
+
+        device_names = self._events.device_names
+        return Checkpointer(directory, device_names, keep=keep, mode=mode, save_last=save_last)
+
+    def save(self, directory: str | os.PathLike[str], state: TrainState) -> None:
+        """Save a state; it is on disk when this returns.
+
+        Args:
+            directory: which keeps all that is saved into it, each state under its step.
+            state: to save.
+
+        Raises:
+            StateMismatch: the state is not one of this trainer's.
+            TypeError: a callback's memory cannot be saved.
+            FileExistsError: the directory has a checkpoint of that step, or of a later one.
+        """
+        self._check_state(state)
+        with self.checkpointer(directory) as checkpointer:
+            checkpointer.save(state)
+
+    def restore(
+        self, directory: str | os.PathLike[str], step: int | None = None, *, like: TrainState | None = None
+    ) -> TrainState:
+        """Restore a state; ``fit`` goes on from it, bit for bit.
+
+        Args:
+            directory: that was saved into.
+            step: of the state; ``None``: the newest there is.
+            like: a state of this trainer, for parameters in containers other than dict, list and tuple, which a file
+                cannot describe (Equinox modules, flax.struct dataclasses).
+
+        Returns:
+            The state as it was saved. A callback that the checkpoint does not know starts afresh, and one that this
+            trainer does not have is left out; both are named in a warning (logger ``ant_jax``).
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint; the message says which there are.
+            StateMismatch: the checkpoint does not fit this trainer; the message names every leaf that differs.
+        """
+        from ant_jax import _checkpoint as checkpoint
+
+        saved = checkpoint.read(directory, step)
+        if like is None:
+            params, model_state = (checkpoint.parameters_of(saved, field) for field in ("params", "model_state"))
+            like = self._beginning(*jax.tree.map(strong, (params, model_state)), jax.random.key(0))
+        state = checkpoint.filled(saved, like, self._events.device_names)
+        self._check_state(state)
         return state
 
     def fit(

@@ -8,7 +8,8 @@ One rule holds for every hook: what comes after `trainer` goes in and comes out,
    same bits;
 2. a callback that rewrites gradients inside the compiled step and has a memory of its own;
 3. a callback on the host that looks every 20 batches and still sees the values of every batch;
-4. all of them at once, together with some that the library has.
+4. all of them at once, together with some that the library has;
+5. how to test a callback: `ant_jax.testing.check_callback` holds it to what the library's own are held to.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import ant_jax as ant
+from ant_jax import testing
 
 
 # --- 1. One callback, two styles: hold one layer still for the first steps, as fine-tuning often does
@@ -142,9 +144,12 @@ def main(epochs: int = 5, every: int = 20):
     )
     print(history)
     print(f"auto_clip remembers {np.isfinite(state.callback_states['auto_clip']).sum()} gradient norms")
-    averaged = state.replace(params=state.callback_states["ema"])
+    averaged = state.replace(params=state.callback_states["ema"]["average"])
     for weights, chosen in {"last": state, "averaged": averaged}.items():
         print(f"accuracy of the {weights} weights: {trainer.evaluate(chosen, val_loader)['val_accuracy']:.2%}")
+
+    testing.check_callback(auto_clip)  # pure, resumable, compiled once, the same bits fused and unfused, ...
+    print("auto_clip keeps every promise that check_callback knows")
     return history
 
 

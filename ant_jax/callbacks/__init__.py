@@ -1,11 +1,29 @@
 """The library's own callbacks: factories of pure functions."""
 
+from ant_jax.callbacks._checkpoint import checkpoint as checkpoint
+from ant_jax.callbacks._combinators import chain as chain, every as every, tolerate as tolerate, when as when
+from ant_jax.callbacks._freeze import freeze as freeze
 from ant_jax.callbacks._gradients import (
+    adaptive_grad_clip as adaptive_grad_clip,
+    centralize as centralize,
     clip_by_global_norm as clip_by_global_norm,
+    clip_by_value as clip_by_value,
     from_optax as from_optax,
-    gradient_norm as gradient_norm,
+    gradient_noise as gradient_noise,
+    zero_nans as zero_nans,
+)
+from ant_jax.callbacks._guards import (
+    NonFiniteError as NonFiniteError,
+    skip_nonfinite as skip_nonfinite,
+    terminate_on_nan as terminate_on_nan,
 )
 from ant_jax.callbacks._log_progress import log_progress as log_progress
 from ant_jax.callbacks._progress_bar import progress_bar as progress_bar
-from ant_jax.callbacks._stopping import early_stopping as early_stopping
-from ant_jax.callbacks._weights import ema as ema
+from ant_jax.callbacks._schedules import (
+    learning_rate_schedule as learning_rate_schedule,
+    log_hyperparams as log_hyperparams,
+    reduce_on_plateau as reduce_on_plateau,
+)
+from ant_jax.callbacks._statistics import gradient_norm as gradient_norm, gradient_statistics as gradient_statistics
+from ant_jax.callbacks._stopping import early_stopping as early_stopping, stop_at as stop_at, time_limit as time_limit
+from ant_jax.callbacks._weights import ema as ema, swa as swa

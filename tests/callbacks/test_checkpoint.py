@@ -1,0 +1,124 @@
+"""A run is saved while it goes on: when, what is kept, and that it is what the state was then."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from problems import BATCH, assert_bit_equal, batches, data, host, trainer
+
+import ant_jax as ant
+
+
+def steps_in(path: Any) -> list[int]:
+    return sorted(int(step.name.removeprefix("step_")) for step in path.glob("step_*"))
+
+
+def publish(values: list[float]) -> ant.Callback:
+    return host("publish", on_epoch_end=lambda e, trainer, state, logs: (state, {**logs, "v": np.float32(values[e])}))
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"keep": 2}, [10, 12]),
+        ({"keep": 10}, [2, 4, 6, 8, 10, 12]),
+        ({"keep": 1, "monitor": "v"}, [6, 12]),
+        ({"keep": 2, "monitor": "v", "save_last": False}, [6, 10]),
+        ({"keep": 1, "monitor": "v", "mode": "max"}, [4, 12]),
+        ({"keep": 3, "every": 1}, [10, 11, 12]),
+    ],
+)
+def test_what_is_kept(options, kept, tmp_path):
+    values = [3.0, 5.0, 1.0, float("nan"), 2.0, float("inf")]
+    a_trainer = trainer(publish(values), ant.callbacks.checkpoint(tmp_path, **options))
+    a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 6)
+    assert steps_in(tmp_path) == kept
+
+
+def test_every_batch_of_a_fused_run_is_saved_as_it_was(tmp_path):
+    """The state is written while the next steps overwrite it."""
+    states: dict[int, ant.TrainState] = {}
+
+    def on_checkpoint(trainer: Any, state: Any, logs: Any) -> Any:
+        states[int(state.step)] = state
+        return state, logs
+
+    identity = lambda i, trainer, state, logs: (state, logs)  # noqa: E731
+    watch = host("watch", every=2, on_batch_end=identity, on_checkpoint=on_checkpoint)
+    saving = ant.callbacks.checkpoint(tmp_path, every=2, keep=100)
+    a_trainer = trainer(ant.callbacks.ema(0.9), saving, watch, fuse=True)
+    a_trainer.fit(a_trainer.init(batches()[0]), ant.ArrayLoader(data(8 * BATCH), BATCH), 2)
+    assert steps_in(tmp_path) == sorted(states)
+    for step, state in states.items():
+        assert_bit_equal(a_trainer.restore(tmp_path, step), state)
+
+
+def test_it_sees_what_all_callbacks_made_of_the_moment(tmp_path):
+    """It is listed first, and yet saves what the others remember afterwards."""
+    count = host(
+        "count",
+        init=lambda state: 0,
+        on_epoch_end=lambda e, trainer, state, logs: (
+            state.with_callback_state("count", state.callback_states["count"] + 1),
+            {**logs, "extra": 1.0},
+        ),
+    )
+    a_trainer = trainer(ant.callbacks.checkpoint(tmp_path), count)
+    a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 2)
+    restored = a_trainer.restore(tmp_path)
+    assert restored.callback_states["count"] == restored.epoch == 2
+    assert restored.history[-1]["extra"] == 1.0
+
+
+def test_what_is_under_way_is_finished_when_another_callback_fails(tmp_path):
+    def fail(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        raise RuntimeError("on purpose")
+
+    a_trainer = trainer(ant.callbacks.checkpoint(tmp_path, every=1), host("fail", on_epoch_end=fail))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        a_trainer.fit(a_trainer.init(batches()[0]), batches(3), 1)
+    assert steps_in(tmp_path) == [1, 2]
+    a_trainer.restore(tmp_path)
+
+
+def test_a_run_that_goes_on_saves_on_and_another_run_is_refused(tmp_path):
+    a_trainer = trainer(ant.callbacks.checkpoint(tmp_path, keep=5))
+    start = a_trainer.init(batches()[0])
+    straight, _ = a_trainer.fit(start, batches(2), 2)
+    resumed, _ = a_trainer.fit(a_trainer.restore(tmp_path), batches(2), 3)
+    assert steps_in(tmp_path) == [2, 4, 6]
+    with pytest.raises(FileExistsError, match="holds checkpoints of steps 2, 4, 6, and this run is at step 0"):
+        a_trainer.fit(start, batches(2), 3)
+    with pytest.raises(FileExistsError, match="holds checkpoints of steps 6, and this run is at step 4"):
+        a_trainer.fit(straight, batches(2), 3)
+    assert int(resumed.step) == 6
+
+
+def test_an_unknown_monitor_raises_at_the_first_epoch_end(tmp_path):
+    a_trainer = trainer(ant.callbacks.checkpoint(tmp_path, monitor="val_los"))
+    with pytest.raises(KeyError, match="no log named 'val_los'; the logs here are: train_loss, val_loss"):
+        a_trainer.fit(a_trainer.init(batches()[0]), batches(1), 3, batches(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "checkpoint: every must be a whole number of batches, at least 1, or None, got 0"),
+        ({"keep": 0}, "checkpoint: keep must be a whole number of checkpoints, at least 1, got 0"),
+        ({"keep": True}, "got True"),
+        ({"mode": "best"}, "checkpoint: mode must be 'min' or 'max', got 'best'"),
+    ],
+)
+def test_refuses(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ant.callbacks.checkpoint(tmp_path, **options)
+
+
+def test_two_in_one_trainer(tmp_path):
+    both = [
+        ant.callbacks.checkpoint(tmp_path / name, keep=keep, name=name) for name, keep in itertools.product("ab", [2])
+    ]
+    a_trainer = trainer(*both)
+    a_trainer.fit(a_trainer.init(batches()[0]), batches(1), 3)
+    assert steps_in(tmp_path / "a") == steps_in(tmp_path / "b") == [2, 3]
