@@ -28,7 +28,7 @@ def run_if(
     """
     before, structure = jax.tree.flatten(otherwise)
 
-    def run() -> tuple[dict[str, Any], dict[str, chex.Array], dict[str, chex.Array]]:
+    def run() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         tree, returned = function()
         after = structure.flatten_up_to(tree)
         changed = {str(i): new for i, (old, new) in enumerate(zip(before, after, strict=True)) if new is not old}
@@ -38,7 +38,7 @@ def run_if(
 
     changes, published, _ = jax.eval_shape(run)
     kept = {name: jnp.asarray(logs[name]) if name in logs else _absent(like) for name, like in published.items()}
-    still_there = {name: _present(logs, name) & (name in logs) for name in published}
+    still_there = {name: jnp.logical_and(_present(logs, name), name in logs) for name in published}
     unchanged = {i: before[int(i)] for i in changes}
     changes, values, present = jax.lax.cond(due, run, lambda: (unchanged, kept, still_there))
     leaves = [changes.get(str(i), leaf) for i, leaf in enumerate(before)]

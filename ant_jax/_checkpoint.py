@@ -11,11 +11,13 @@ import datetime
 import importlib.metadata
 import logging
 import math
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ant_jax._encoding import decoded, encoded, rebuilt, structure_of
@@ -61,7 +63,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        directory: str | pathlib.Path,
+        directory: str | os.PathLike[str],
         device_names: frozenset[str],
         *,
         keep: int | None = None,
@@ -135,7 +137,7 @@ class Checkpointer:
         self.close()
 
 
-def read(directory: str | pathlib.Path, step: int | None = None) -> Saved:
+def read(directory: str | os.PathLike[str], step: int | None = None) -> Saved:
     """Read a checkpoint.
 
     Args:
@@ -232,7 +234,7 @@ def _matched(arrays: Mapping[tuple[str, ...], np.ndarray], key_impls: Mapping[st
         elif _is_key(like) and key_impls[where] != _impl_of(like):
             lines.append(f"{where}: expected a random key of kind {_impl_of(like)}, got {key_impls[where]}")
         elif _is_key(like):
-            values.append(jax.random.wrap_key_data(arrays[keys], impl=_impl_of(like)))
+            values.append(jax.random.wrap_key_data(jax.device_put(arrays[keys]), impl=_impl_of(like)))
         else:
             values.append(jax.device_put(arrays[keys]))
     if lines:
@@ -313,7 +315,7 @@ def _keys(path: Any) -> tuple[str, ...]:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _key_data(key: jax.Array) -> jax.Array:

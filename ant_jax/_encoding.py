@@ -36,9 +36,7 @@ def encoded(value: Any, where: str) -> Any:
         return {"tuple": [encoded(item, f"{where}[{i}]") for i, item in enumerate(value)]}
     if type(value) is dict:
         return {"dict": [[encoded(key, where), encoded(item, f"{where}[{key!r}]")] for key, item in value.items()]}
-    if isinstance(value, jax.Array | np.ndarray | np.generic) and not jax.dtypes.issubdtype(
-        value.dtype, jax.dtypes.prng_key
-    ):
+    if isinstance(value, jax.Array | np.ndarray | np.generic) and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         array = np.asarray(value)
         data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
         kind = "device" if isinstance(value, jax.Array) else "array"
@@ -59,7 +57,7 @@ def decoded(value: Any) -> Any:
         return tuple(decoded(item) for item in value["tuple"])
     if "dict" in value:
         return {decoded(key): decoded(item) for key, item in value["dict"]}
-    data = value.get("device", value.get("array"))
+    data = value["device"] if "device" in value else value["array"]
     array = np.frombuffer(base64.b64decode(data), jnp.dtype(value["dtype"])).reshape(value["shape"])
     return jnp.asarray(array) if "device" in value else array.copy()
 

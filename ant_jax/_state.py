@@ -266,7 +266,9 @@ def strong(leaf: Any, like: Any = None) -> jax.Array:
     if like is None:
         array = jnp.asarray(leaf)
         return jnp.asarray(array, dtype=array.dtype)
-    return jax.device_put(jnp.asarray(leaf, dtype=like.dtype), like.sharding)
+    array = jnp.asarray(leaf, dtype=like.dtype)
+    # An array that is committed to its place where the old one was not would be another signature, too.
+    return jax.device_put(array, like.sharding) if like.committed else array
 
 
 def refuse_mismatch(what: str, expected: PyTree, actual: PyTree, owner: str, *, dtypes: bool = True) -> None:

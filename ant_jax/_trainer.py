@@ -262,10 +262,12 @@ class Trainer:
         from ant_jax import _checkpoint as checkpoint
 
         saved = checkpoint.read(directory, step)
-        if like is None:
-            params, model_state = (checkpoint.parameters_of(saved, field) for field in ("params", "model_state"))
-            like = self._beginning(*jax.tree.map(strong, (params, model_state)), jax.random.key(0))
-        state = checkpoint.filled(saved, like, self._events.device_names)
+        fresh = like
+        if fresh is None:
+            params = jax.tree.map(strong, checkpoint.parameters_of(saved, "params"))
+            model_state = jax.tree.map(strong, checkpoint.parameters_of(saved, "model_state"))
+            fresh = self._beginning(params, model_state, jax.random.key(0))
+        state = checkpoint.filled(saved, fresh, self._events.device_names)
         self._check_state(state)
         return state
 

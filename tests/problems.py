@@ -67,7 +67,7 @@ def host(name: str = "host", *, every: int | None = 1, **hooks: Any) -> ant.Call
 
 def numbers(leaf: Any) -> np.ndarray:
     """A leaf as numpy, a random key as its data."""
-    is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
 
 

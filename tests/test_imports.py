@@ -32,6 +32,9 @@ LAYERS = [
     {"_loop"},
     {"_trainer"},
     {""},
+    {"testing._problem", "testing._recorder", "testing._compare"},
+    {"testing._check"},
+    {"testing"},
 ]  # fmt: skip
 
 

@@ -1,0 +1,57 @@
+"""Compare two states to the bit."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ant_jax._encoding import encoded
+from ant_jax._state import TrainState
+from ant_jax._trees import named_leaves
+
+
+class CallbackFault(AssertionError):
+    """A callback breaks a promise; the message names the callback, the hook where it can, the fault and the remedy."""
+
+
+def host_memories(state: TrainState) -> dict[str, Any]:
+    def on_host(memory: Any) -> bool:
+        return not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(memory))
+
+    return {name: memory for name, memory in state.callback_states.items() if on_host(memory)}
+
+
+def difference(expected: TrainState, got: TrainState) -> str:
+    """Name the first thing in which two states differ; empty when they do not."""
+    one, other = described(expected), described(got)
+    for name in one.keys() | other.keys():
+        if one.get(name) != other.get(name):
+            return f"{name} differs"
+    return "" if expected.history == got.history else f"the history differs:\n{expected.history}\nand\n{got.history}"
+
+
+def described(state: TrainState) -> dict[str, Any]:
+    fields = ("step", "params", "model_state", "opt_state", "accumulator", "loss_scale")
+    tree = {field: getattr(state, field) for field in fields}
+    device = {name: m for name, m in state.callback_states.items() if name not in host_memories(state)}
+    arrays = {f"state.{path}": _bytes_of(leaf) for path, leaf in named_leaves(tree).items()}
+    arrays |= {f"state.callback_states/{path}": _bytes_of(leaf) for path, leaf in named_leaves(device).items()}
+    return arrays | {f"state.callback_states/{n}": as_text(m, n) for n, m in host_memories(state).items()}
+
+
+def _bytes_of(leaf: Any) -> Any:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    array = np.asarray(leaf)
+    return array.dtype.name, array.shape, array.tobytes()
+
+
+def as_text(memory: Any, name: str) -> str:
+    try:
+        return json.dumps(encoded(memory, f"the memory of callback {name!r}"))
+    except TypeError as error:
+        raise CallbackFault(f"callback {name!r}: its memory does not survive saving: {error}") from error
