@@ -17,7 +17,7 @@ from ant_jax._judging import judged
 from ant_jax._logs import Logs
 from ant_jax._state import TrainState
 from ant_jax._trainer import Trainer
-from ant_jax.testing._compare import CallbackFault, as_text, described, difference, host_memories
+from ant_jax.testing._compare import CallbackFault, as_text, bytes_of, described, difference, host_memories
 from ant_jax.testing._problem import Problem, problem
 
 
@@ -126,30 +126,29 @@ def _check_trace(
 ) -> None:
     known = {log: value for log, value in logs.items() if isinstance(value, jax.Array)}
 
-    def traced(lead: Any, given: Any, values: Any) -> Any:
-        arguments = (*given, Logs({**logs, **values}))
-        *rest, published = judged(name, arguments, hook(*lead, trainer, *arguments))
-        return rest, {log: value for log, value in published.items() if not isinstance(value, int)}
+    def trace() -> Any:
+        def traced(lead: Any, given: Any, values: Any) -> Any:  # a new function, or JAX would remember the first trace
+            arguments = (*given, Logs({**logs, **values}))
+            *rest, published = judged(name, arguments, hook(*lead, trainer, *arguments))
+            return rest, {log: value for log, value in published.items() if not isinstance(value, int)}
 
-    printed, jaxprs = io.StringIO(), []
-    for _ in range(2):
-        try:
-            with jax.checking_leaks(), contextlib.redirect_stdout(printed):
-                jaxprs.append(jax.make_jaxpr(traced)(lead, given, known))
-        except KeyError:  # a log that only another callback, or another problem, has
-            return
-        except Exception as error:
-            leaked = "leak" in str(error).lower()
-            fault = "it leaks a tracer; keep it in the state"
-            raise CallbackFault(f"callback {callback.name!r}, {name}: {fault if leaked else error}") from error
-    _refuse(bool(printed.getvalue()), callback, f"{name} prints while it is traced, once and not at every step", name)
-    _refuse(bool(jaxprs[0].effects), callback, "it has a side effect in compiled code; publish a log instead", name)
-    different = (
-        "traced twice it gives two programs: it depends on something outside its arguments (a counter, a clock, "
-    )
-    _refuse(
-        str(jaxprs[0]) != str(jaxprs[1]), callback, f"{different}numpy's random numbers); keep it in the memory", name
-    )
+        return jax.make_jaxpr(traced)(lead, given, known)
+
+    printed = io.StringIO()
+    try:
+        with jax.checking_leaks(), contextlib.redirect_stdout(printed):
+            first, second = trace(), trace()
+    except KeyError:  # a log that only another callback, or another problem, has
+        return
+    except Exception as error:
+        leaked = "leaked" in str(error).lower()
+        fault = "it leaks a tracer; keep it in the state" if leaked else error
+        raise CallbackFault(f"callback {callback.name!r}, {name}: {fault}") from error
+    _refuse(bool(printed.getvalue()), callback, "it prints while it is traced: once, and not at every step", name)
+    _refuse(bool(first.effects), callback, "it has a side effect in compiled code; publish a log instead", name)
+    different = str(first) != str(second) or list(map(bytes_of, first.consts)) != list(map(bytes_of, second.consts))
+    why = "it depends on something outside its arguments (a counter, a clock, numpy's random numbers)"
+    _refuse(different, callback, f"traced twice it gives two programs: {why}; keep it in the memory", name)
 
 
 def _check_compilations_of_epochs(callback: Callback, moments: _Moments) -> None:

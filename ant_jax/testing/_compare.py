@@ -19,6 +19,8 @@ class CallbackFault(AssertionError):
 
 
 def host_memories(state: TrainState) -> dict[str, Any]:
+    """The memories that are not arrays alone."""
+
     def on_host(memory: Any) -> bool:
         return not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(memory))
 
@@ -28,22 +30,24 @@ def host_memories(state: TrainState) -> dict[str, Any]:
 def difference(expected: TrainState, got: TrainState) -> str:
     """Name the first thing in which two states differ; empty when they do not."""
     one, other = described(expected), described(got)
-    for name in one.keys() | other.keys():
+    for name in sorted(one.keys() | other.keys()):
         if one.get(name) != other.get(name):
             return f"{name} differs"
     return "" if expected.history == got.history else f"the history differs:\n{expected.history}\nand\n{got.history}"
 
 
 def described(state: TrainState) -> dict[str, Any]:
+    """Everything in a state but its history, by name, as values that can be compared."""
     fields = ("step", "params", "model_state", "opt_state", "accumulator", "loss_scale")
     tree = {field: getattr(state, field) for field in fields}
     device = {name: m for name, m in state.callback_states.items() if name not in host_memories(state)}
-    arrays = {f"state.{path}": _bytes_of(leaf) for path, leaf in named_leaves(tree).items()}
-    arrays |= {f"state.callback_states/{path}": _bytes_of(leaf) for path, leaf in named_leaves(device).items()}
+    arrays = {f"state.{path}": bytes_of(leaf) for path, leaf in named_leaves(tree).items()}
+    arrays |= {f"state.callback_states/{path}": bytes_of(leaf) for path, leaf in named_leaves(device).items()}
     return arrays | {f"state.callback_states/{n}": as_text(m, n) for n, m in host_memories(state).items()}
 
 
-def _bytes_of(leaf: Any) -> Any:
+def bytes_of(leaf: Any) -> Any:
+    """An array's dtype, shape and bits."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     array = np.asarray(leaf)
@@ -51,6 +55,7 @@ def _bytes_of(leaf: Any) -> Any:
 
 
 def as_text(memory: Any, name: str) -> str:
+    """The host memory of the callback ``name`` as it would be saved."""
     try:
         return json.dumps(encoded(memory, f"the memory of callback {name!r}"))
     except TypeError as error:

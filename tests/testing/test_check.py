@@ -1,0 +1,204 @@
+"""Every kind of wrong callback is caught, and its fault is named."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ant_jax as ant
+from ant_jax import testing
+
+
+def gradient_hook(change: Callable[[Any, Any, Any], Any]) -> Callable[[], ant.Callback]:
+    """A callback whose on_backward_end returns ``change(state, grads, logs)``."""
+    hook = lambda batch_idx, trainer, state, grads, logs: change(state, grads, logs)  # noqa: E731
+    return lambda: ant.Callback(name="bad", on_backward_end=hook)
+
+
+def epoch_hook(change: Callable[[Any, Any], Any], init: Any = None, **options: Any) -> Callable[[], ant.Callback]:
+    """A host callback whose on_epoch_end returns ``change(state, logs)``."""
+    hook = lambda epoch, trainer, state, logs: change(state, logs)  # noqa: E731
+    return lambda: ant.Callback(name="bad", init=init and (lambda state: init()), on_epoch_end=hook, **options)
+
+
+def scaled(grads: Any, factor: Any) -> Any:
+    return jax.tree.map(lambda grad: grad * factor, grads)
+
+
+def counter_in_the_closure() -> ant.Callback:
+    calls = [0]
+
+    def on_backward_end(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+        calls[0] += 1
+        return state, scaled(grads, float(calls[0])), logs
+
+    return ant.Callback(name="bad", on_backward_end=on_backward_end)
+
+
+def tracer_in_a_list() -> ant.Callback:
+    seen: list[Any] = []
+
+    def on_backward_end(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+        seen.append(logs["loss"])
+        return state, grads, logs
+
+    return ant.Callback(name="bad", on_backward_end=on_backward_end)
+
+
+def memory_in_the_closure() -> ant.Callback:
+    best = [np.inf]
+
+    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        best[0] = min(best[0], float(epoch))
+        scale = 1.0 if best[0] == 0 else 0.5  # a run that goes on has not seen epoch 0
+        return state.replace(params=scaled(state.params, np.float32(scale))), logs
+
+    return ant.Callback(name="bad", on_epoch_end=on_epoch_end)
+
+
+def kept_between_runs() -> ant.Callback:
+    runs = [0]
+
+    def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
+        runs[0] += 1
+        return state.replace(params=scaled(state.params, np.float32(runs[0]))), logs
+
+    return ant.Callback(name="bad", on_train_begin=on_train_begin)
+
+
+def another_program_every_epoch() -> ant.Callback:
+    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        total = jax.jit(lambda x: jnp.sum(x) + epoch)(jnp.ones(3 + 7 * epoch))
+        return state, {**logs, "total": float(total) * 0}
+
+    return ant.Callback(name="bad", on_epoch_end=on_epoch_end)
+
+
+def depends_on_the_launch() -> ant.Callback:
+    """Looks whenever the host has control, and counts these looks into the parameters."""
+
+    def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        shrink = np.float32(0.9 if len(logs.window["loss"]) == 1 else 0.8)
+        return state.replace(params=scaled(state.params, shrink)), logs
+
+    return ant.Callback(name="bad", every=None, on_batch_end=on_batch_end)
+
+
+def in_place(state: Any, logs: Any) -> Any:
+    state.callback_states["bad"]["losses"].append(1.0)
+    return state, logs
+
+
+def array_in_place(state: Any, logs: Any) -> Any:
+    state.callback_states["bad"]["count"] += 1
+    return state.with_callback_state("bad", dict(state.callback_states["bad"])), logs
+
+
+def replace_in_place(state: Any, logs: Any) -> Any:
+    state.params["dense"]["bias"] = state.params["dense"]["bias"] + 1
+    return state, logs
+
+
+def printing(state: Any, grads: Any, logs: Any) -> Any:
+    print("loss", logs["loss"].dtype)
+    return state, grads, logs
+
+
+def debugging(state: Any, grads: Any, logs: Any) -> Any:
+    jax.debug.print("{}", logs["loss"])
+    return state, grads, logs
+
+
+WRONG: dict[str, tuple[Callable[[], ant.Callback], str]] = {
+    "a counter in the closure": (counter_in_the_closure, "on_backward_end: traced twice it gives two programs"),
+    "a clock": (
+        gradient_hook(lambda state, grads, logs: (state, scaled(grads, time.perf_counter()), logs)),
+        "traced twice it gives two programs: .*a clock",
+    ),
+    "numpy's random numbers": (
+        gradient_hook(lambda state, grads, logs: (state, scaled(grads, np.random.default_rng().random()), logs)),
+        "traced twice it gives two programs: .*numpy's random numbers",
+    ),
+    "a leaked tracer": (tracer_in_a_list, "on_backward_end: it leaks a tracer"),
+    "a print": (gradient_hook(printing), "on_backward_end: it prints while it is traced"),
+    "a side effect": (gradient_hook(debugging), "it has a side effect in compiled code"),
+    "nothing returned": (gradient_hook(lambda state, grads, logs: None), "on_backward_end returned None"),
+    "another structure": (
+        gradient_hook(lambda state, grads, logs: (state, {"dense": {}}, logs)),
+        "grads of another structure(.|\n)*dense/bias: missing",
+    ),
+    "another dtype": (
+        gradient_hook(lambda state, grads, logs: (state, jax.tree.map(lambda g: g.astype(jnp.bfloat16), grads), logs)),
+        "expected float32.*, got bfloat16",
+    ),
+    "a dropped log": (gradient_hook(lambda state, grads, logs: (state, grads, {})), "dropped the log 'batch_size'"),
+    "an exception": (epoch_hook(lambda state, logs: 1 / 0), "training with it fails: division by zero"),
+    "a Python branch": (
+        gradient_hook(lambda state, grads, logs: (state, scaled(grads, 2.0) if logs["loss"] > 1 else grads, logs)),
+        "on_backward_end: Attempted boolean conversion of traced array",
+    ),
+    "a memory that cannot be saved": (
+        epoch_hook(lambda state, logs: (state, logs), init=lambda: {"file": object()}),
+        "its memory does not survive saving: the memory of callback 'bad'.*is object",
+    ),
+    "memory in the closure": (memory_in_the_closure, "ends otherwise than one that was not interrupted"),
+    "memory kept between runs": (kept_between_runs, "a second run with the same trainer ends otherwise"),
+    "another program every epoch": (another_program_every_epoch, "programs are compiled after the first epoch"),
+    "a list changed in place": (
+        epoch_hook(in_place, init=lambda: {"losses": []}),
+        "changed the state or the gradients in place|changes its memory in place",
+    ),
+    "an array changed in place": (
+        epoch_hook(array_in_place, init=lambda: {"count": np.zeros(2)}),
+        "in place",
+    ),
+    "parameters changed in place": (epoch_hook(replace_in_place), "changed the state or the gradients in place"),
+    "looks that count": (
+        depends_on_the_launch,
+        "it depends on how many steps a launch has|a second run with the same trainer",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_callback_is_caught_and_its_fault_is_named(fault):
+    make, message = WRONG[fault]
+    with pytest.raises(testing.CallbackFault, match=f"callback 'bad'.*(.|\n)*{message}"):
+        testing.check_callback(make)
+
+
+@dataclasses.dataclass(frozen=True)
+class Best(ant.Callback):
+    """A right one in the other style: host memory that changes its form, and a gradient hook elsewhere."""
+
+    factor: float = 0.5
+
+    def init(self, state: Any) -> Any:
+        return {"seen": []}
+
+    def on_epoch_end(self, epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        seen = [*state.callback_states[self.name]["seen"], float(logs["train_loss"]) * self.factor]
+        return state.with_callback_state(self.name, {"seen": seen}), logs
+
+
+RIGHT: dict[str, Callable[[], ant.Callback]] = {
+    "a dataclass": Best,
+    "a gradient hook": gradient_hook(lambda state, grads, logs: (state, scaled(grads, 0.5), logs)),
+    "a host hook with output": epoch_hook(lambda state, logs: (print("epoch"), (state, logs))[1]),
+    "one that stops": epoch_hook(lambda state, logs: (state.request_stop(), logs)),
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_a_right_callback_passes(kind):
+    testing.check_callback(RIGHT[kind])
+
+
+def test_it_asks_for_a_function_that_makes_the_callback():
+    with pytest.raises(TypeError, match=r"check_callback\(lambda: callback\)"):
+        testing.check_callback(Best())  # pyright: ignore[reportArgumentType]  # the mistake
