@@ -23,10 +23,11 @@ LAYERS = [
     {"_step"},
     {"_engine"},
     {"_looks"},
-    {"callbacks._arguments"},
+    {"callbacks._arguments", "callbacks._background"},
+    {"callbacks._records"},
     {f"callbacks._{name}" for name in (
-        "checkpoint", "combinators", "freeze", "gradients", "guards", "log_progress", "progress_bar", "schedules",
-        "statistics", "stopping", "weights",
+        "checkpoint", "combinators", "files", "freeze", "gradients", "guards", "log_progress", "plot", "progress_bar", "schedules",
+        "statistics", "stopping", "trackers", "weights",
     )},
     {"callbacks"},
     {"_loop"},
@@ -83,7 +84,18 @@ def test_no_private_jax():
 
 
 def test_importing_the_package_brings_nothing_heavy_with_it():
-    heavy = ["orbax", "torch", "matplotlib", "tensorboard", "wandb", "sklearn", "flax.nnx.nn", "tqdm.auto", "grain"]
+    heavy = [
+        "orbax",
+        "torch",
+        "matplotlib",
+        "tensorboard",
+        "wandb",
+        "mlflow",
+        "sklearn",
+        "flax.nnx.nn",
+        "tqdm.auto",
+        "grain",
+    ]
     code = (
         "import sys, jax, flax, optax; before = set(sys.modules); import ant_jax; "
         f"print([m for m in {heavy} if m in sys.modules and m not in before])"

@@ -36,8 +36,8 @@ def check_callback(make: Callable[[], Callback], *, twice: bool = True, **option
     Args:
         make: makes the callback. Each call must give one that shares nothing with the others; what is written should go
             to another place each time, and clocks should stand still, or what they measure differs between runs.
-        twice: whether one callback may serve two runs that begin at the same state. (A checkpoint, for one, refuses to
-            mix two runs in one directory.)
+        twice: whether two runs that begin at the same state are to end in the same one. (They do not with a tracker,
+            which gives each an id of its own, nor with a checkpoint, which refuses to mix two runs in one directory.)
         **options: other arguments of the trainer: the optimizer that the callback needs, for example.
 
     Raises:

@@ -1,0 +1,215 @@
+"""Logs for experiment trackers: TensorBoard, Weights & Biases, MLflow."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ant_jax._callback import Callback
+from ant_jax.callbacks._records import recording
+
+
+def tensorboard(directory: str | os.PathLike[str], *, every: int | None = None, name: str = "tensorboard") -> Callback:
+    """Write the scalars of the logs as TensorBoard event files, with neither TensorFlow nor torch.
+
+    On the host, in the background. The horizontal axis is the batches trained on. A run that goes on tells TensorBoard
+    to forget the steps that it does again.
+
+    Args:
+        directory: of the event files; it is made.
+        every: also the means over every so many batches; ``None``: epochs only.
+        name: of the callback; it keeps no memory.
+
+    Returns:
+        A host callback.
+
+    Raises:
+        ImportError: the package ``tensorboard`` is not installed (the extra ``tensorboard``).
+        ValueError: ``every`` is below 1.
+
+    >>> tensorboard("runs/digits", every=100).every
+    100
+    """
+    _require("tensorboard", "tensorboard", "tensorboard")
+    return recording("tensorboard", name, _Events(os.fspath(directory)), every)
+
+
+def wandb(
+    project: str | None = None, *, every: int | None = None, name: str = "wandb", **init_arguments: Any
+) -> Callback:
+    """Log the scalars of the logs to Weights & Biases.
+
+    On the host, in the background; ``wandb.init`` runs in ``on_train_begin``. A run that goes on goes on with the same
+    W&B run. With the environment variable ``WANDB_MODE=offline`` nothing leaves the machine.
+
+    Args:
+        project: where the run belongs.
+        every: also the means over every so many batches; ``None``: epochs only.
+        name: of the callback. Its memory is ``{"run_id": str}``, ``None`` before the run begins.
+        **init_arguments: of ``wandb.init``: ``config``, ``tags``, ``group`` and so on. (W&B's own name of the run may
+            be set by ``run.name`` or the environment variable ``WANDB_NAME``.)
+
+    Returns:
+        A host callback.
+
+    Raises:
+        ImportError: the package ``wandb`` is not installed (the extra ``wandb``).
+        ValueError: ``every`` is below 1.
+
+    >>> wandb("digits", every=100, tags=["baseline"]).every
+    100
+    """
+    _require("wandb", "wandb", "wandb")
+    sink = _Wandb({"project": project, "resume": "allow", **init_arguments})
+    return recording("wandb", name, sink, every, memory={"run_id": None})
+
+
+def mlflow(
+    experiment: str = "Default",
+    *,
+    tracking_uri: str | None = None,
+    every: int | None = None,
+    name: str = "mlflow",
+) -> Callback:
+    """Log the scalars of the logs to MLflow.
+
+    On the host, in the background. A run that goes on goes on with the same MLflow run, which ends as ``FINISHED``,
+    ``FAILED`` or, after Ctrl-C, ``KILLED``.
+
+    Args:
+        experiment: where the run belongs; it is made if there is none of that name.
+        tracking_uri: of the server or the store; ``None``: MLflow's own default, or ``MLFLOW_TRACKING_URI``.
+        every: also the means over every so many batches; ``None``: epochs only.
+        name: of the callback. Its memory is ``{"run_id": str}``, ``None`` before the run begins.
+
+    Returns:
+        A host callback.
+
+    Raises:
+        ImportError: the package ``mlflow`` or ``mlflow-skinny`` is not installed (the extra ``mlflow``).
+        ValueError: ``every`` is below 1.
+
+    >>> mlflow("digits", every=100).every
+    100
+    """
+    _require("mlflow", "mlflow", "mlflow")
+    return recording("mlflow", name, _Mlflow(experiment, tracking_uri), every, memory={"run_id": None})
+
+
+class _Events:
+    """TensorBoard's event files."""
+
+    def __init__(self, directory: str):
+        self._directory = directory
+        self._writer: Any = None
+
+    def open(self, memory: Any, step: int) -> Any:
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer = EventFileWriter(self._directory)
+        if step:  # what was written of later steps, before the run was killed, is forgotten
+            start = _message(event_pb2, "SessionLog")
+            self._add(event_pb2, step=step + 1, session_log=start(status=start.START))
+        return memory
+
+    def write(self, record: Mapping[str, Any], epoch: int, step: int, of_epoch: bool) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+
+        del epoch, of_epoch
+        summary = _message(summary_pb2, "Summary")
+        values = [summary.Value(tag=log, simple_value=value) for log, value in _scalars(record).items()]
+        self._add(event_pb2, step=step, summary=summary(value=values))
+        self._writer.flush()
+
+    def close(self, error: BaseException | None) -> None:
+        del error
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _add(self, event_pb2: Any, **fields: Any) -> None:
+        self._writer.add_event(_message(event_pb2, "Event")(wall_time=time.time(), **fields))
+
+
+class _Wandb:
+    """A run of Weights & Biases."""
+
+    def __init__(self, init_arguments: dict[str, Any]):
+        self._arguments = init_arguments
+        self._run: Any = None
+
+    def open(self, memory: Any, step: int) -> Any:
+        import wandb
+
+        del step
+        known = {} if memory["run_id"] is None else {"id": memory["run_id"]}
+        self._run = wandb.init(**{**self._arguments, **known})
+        return {"run_id": self._run.id}
+
+    def write(self, record: Mapping[str, Any], epoch: int, step: int, of_epoch: bool) -> None:
+        # W&B takes one row a step; the last batches of an epoch and the epoch share theirs.
+        del of_epoch
+        self._run.log({"epoch": epoch, **_scalars(record)}, step=step)
+
+    def close(self, error: BaseException | None) -> None:
+        if self._run is not None:
+            self._run.finish(exit_code=0 if error is None else 1)
+            self._run = None
+
+
+class _Mlflow:
+    """A run of MLflow."""
+
+    def __init__(self, experiment: str, tracking_uri: str | None):
+        self._experiment, self._uri = experiment, tracking_uri
+        self._client: Any = None
+        self._run_id = ""
+
+    def open(self, memory: Any, step: int) -> Any:
+        from mlflow.tracking import MlflowClient
+
+        del step
+        self._client = MlflowClient(tracking_uri=self._uri)
+        if memory["run_id"] is None:
+            found = self._client.get_experiment_by_name(self._experiment)
+            experiment_id = self._client.create_experiment(self._experiment) if found is None else found.experiment_id
+            self._run_id = self._client.create_run(experiment_id).info.run_id
+        else:
+            self._run_id = memory["run_id"]
+            self._client.update_run(self._run_id, status="RUNNING")
+        return {"run_id": self._run_id}
+
+    def write(self, record: Mapping[str, Any], epoch: int, step: int, of_epoch: bool) -> None:
+        from mlflow.entities import Metric
+
+        del epoch, of_epoch
+        now = int(1000 * time.time())
+        metrics = [Metric(log, value, now, step) for log, value in _scalars(record).items()]
+        self._client.log_batch(self._run_id, metrics=metrics)
+
+    def close(self, error: BaseException | None) -> None:
+        if self._client is not None:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            status = "FINISHED" if error is None else "KILLED" if interrupted else "FAILED"
+            self._client.set_terminated(self._run_id, status=status)
+            self._client = None
+
+
+def _message(module: Any, name: str) -> Any:
+    """A class that protobuf makes when its module is imported."""
+    return getattr(module, name)
+
+
+def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    return {log: float(value) for log, value in record.items() if np.ndim(value) == 0}
+
+
+def _require(owner: str, package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f'{owner}: the package {package} is not installed; pip install "ant_jax[{extra}]"')

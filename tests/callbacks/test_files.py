@@ -1,0 +1,136 @@
+"""Logs as files: what is in them, that they survive faults, and that a run that goes on writes the same file."""
+
+import csv
+import json
+import pathlib
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from problems import batches, host, trainer
+
+import ant_jax as ant
+from ant_jax.callbacks import _records
+
+
+FACTORIES = {"csv": ant.callbacks.csv_log, "json": ant.callbacks.json_log}
+
+
+def rows_of(path: pathlib.Path) -> list[dict[str, Any]]:
+    if path.suffix == ".csv":
+        with path.open(newline="") as file:
+            return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def fit(*callbacks: ant.Callback, epochs: int = 3, state: Any = None, **options: Any) -> ant.TrainState:
+    a_trainer = trainer(*callbacks, **options)
+    return a_trainer.fit(state or a_trainer.init(batches()[0]), batches(5), epochs, batches(1))[0]
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_a_record_an_epoch_is_the_history(kind, tmp_path):
+    path = tmp_path / "deep" / f"log.{kind}"
+    state = fit(FACTORIES[kind](path))
+    rows = rows_of(path)
+    assert [(row.pop("epoch"), row.pop("step")) for row in rows] == [(0, 5), (1, 10), (2, 15)]
+    assert rows == list(state.history)
+
+
+@pytest.mark.parametrize(("kind", "of_epochs"), [("csv", 0), ("json", 3)])
+def test_records_of_batches_are_means_over_all_of_them(kind, of_epochs, tmp_path):
+    losses: list[float] = []
+
+    def note(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        losses.append(float(logs["loss"]))
+        return state, logs
+
+    path = tmp_path / f"log.{kind}"
+    fit(FACTORIES[kind](path, every=2), host("note", on_batch_end=note))
+    rows = rows_of(path)
+    of_batches = [row for row in rows if "train_loss" not in row]
+    assert len(rows) - len(of_batches) == of_epochs
+    assert [row["step"] for row in of_batches] == [2, 4, 5, 7, 9, 10, 12, 14, 15]
+    wanted = [np.mean(losses[e + a : e + b]) for e in (0, 5, 10) for a, b in ((0, 2), (2, 4), (4, 5))]
+    np.testing.assert_allclose([row["loss"] for row in of_batches], wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_a_run_that_goes_on_writes_the_file_of_the_uninterrupted_one(kind, every, tmp_path):
+    whole, cut = tmp_path / f"whole.{kind}", tmp_path / f"cut.{kind}"
+    fit(FACTORIES[kind](whole, every=every))
+    one_epoch = fit(FACTORIES[kind](cut, every=every), epochs=1)
+    fit(FACTORIES[kind](cut, every=every), state=one_epoch, epochs=2)  # goes further than what is kept of it
+    fit(FACTORIES[kind](cut, every=every), state=one_epoch)
+    assert whole.read_text() == cut.read_text()
+    fit(FACTORIES[kind](cut, every=every))  # a new run begins the file anew
+    assert whole.read_text() == cut.read_text()
+
+
+def test_a_column_that_comes_later_and_numbers_that_are_not_finite(tmp_path):
+    def publish(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        more: dict[str, Any] = {"late": 1.0} if epoch else {"vector": np.array([1, np.nan], np.float32)}
+        return state, {**logs, "bad": [np.nan, np.inf, 1.0][epoch], **more}
+
+    table, lines = tmp_path / "log.csv", tmp_path / "log.json"
+    fit(host("publish", on_epoch_end=publish), ant.callbacks.csv_log(table), ant.callbacks.json_log(lines))
+    header, *rows = table.read_text().splitlines()
+    assert header == "epoch,step,train_loss,val_loss,bad,late"
+    assert [row.split(",")[4:] for row in rows] == [["nan", ""], ["inf", "1.0"], ["1.0", "1.0"]]
+    assert [row["bad"] for row in rows_of(lines)] == [None, None, 1.0]
+    assert rows_of(lines)[0]["vector"] == [1.0, None]
+
+
+def test_what_is_read_is_read_in_the_background(tmp_path, monkeypatch):
+    threads: set[str] = set()
+    to_python, means = _records.to_python, _records._means
+    monkeypatch.setattr(
+        _records, "to_python", lambda v: (threads.add(threading.current_thread().name), to_python(v))[1]
+    )
+    monkeypatch.setattr(_records, "_means", lambda w: (threads.add(threading.current_thread().name), means(w))[1])
+    fit(ant.callbacks.json_log(tmp_path / "log", every=2))
+    assert threads == {"ant_jax-writer_0"}
+
+
+def test_the_file_is_whole_after_an_exception(tmp_path):
+    def fail(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        if epoch == 1:
+            raise RuntimeError("on purpose")
+        return state, logs
+
+    log = ant.callbacks.json_log(tmp_path / "log", every=1)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(log, host("fail", on_epoch_end=fail))
+    assert [row["step"] for row in rows_of(tmp_path / "log")] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
+    fit(log, epochs=1)  # and it may be used again
+    assert len(rows_of(tmp_path / "log")) == 6
+
+
+def test_a_failure_to_write_comes_out_of_the_hook_of_the_callback_that_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr("ant_jax.callbacks._files._Lines.write", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        fit(ant.callbacks.csv_log(tmp_path / "a"), ant.callbacks.json_log(tmp_path / "b"), epochs=5)
+    assert any("of callback 'json_log'" in note for note in caught.value.__notes__)
+    assert len(rows_of((tmp_path / "a").rename(tmp_path / "a.csv"))) >= 1
+
+
+def test_a_failure_may_be_tolerated(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("ant_jax.callbacks._files._Lines.write", lambda *arguments: 1 / 0)
+    state = fit(ant.callbacks.tolerate(ant.callbacks.json_log(tmp_path / "b"), failures=2), epochs=5)
+    assert state.epoch == 5
+    assert "callback 'json_log' failed in" in caplog.text
+
+
+def test_a_directory_that_cannot_be_written_is_an_error_at_the_beginning(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        fit(ant.callbacks.csv_log(tmp_path / "file" / "log.csv"))
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+@pytest.mark.parametrize("every", [0, -1, 1.5, True])
+def test_refuses(kind, every):
+    with pytest.raises(ValueError, match=f"{kind}_log: every must be a whole number of batches.*got {every}"):
+        FACTORIES[kind]("log", every=every)

@@ -1,0 +1,121 @@
+"""Trackers, against the real packages: what was logged is read back."""
+
+import json
+import pathlib
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from problems import batches, host, trainer
+
+import ant_jax as ant
+
+
+def fit(*callbacks: ant.Callback, epochs: int = 2, state: Any = None) -> ant.TrainState:
+    a_trainer = trainer(*callbacks)
+    return a_trainer.fit(state or a_trainer.init(batches()[0]), batches(4), epochs, batches(1))[0]
+
+
+def failing() -> ant.Callback:
+    return host("fail", on_epoch_end=lambda e, trainer, state, logs: 1 / 0)
+
+
+def test_tensorboard_reads_what_was_logged_and_forgets_what_is_done_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    one = fit(ant.callbacks.tensorboard(tmp_path, every=2), epochs=1)
+    fit(ant.callbacks.tensorboard(tmp_path, every=2), state=one, epochs=2)
+    whole = fit(ant.callbacks.tensorboard(tmp_path, every=2), state=one, epochs=3)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss", "train_loss", "val_loss"]
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6, 8, 10, 12]
+    assert [event.step for event in events.Scalars("val_loss")] == [4, 8, 12]
+    read = [event.value for event in events.Scalars("train_loss")]
+    np.testing.assert_allclose(read, whole.history.to_dict()["train_loss"], rtol=1e-6)
+
+
+def test_mlflow_reads_what_was_logged_and_a_run_goes_on(tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the other stores need more than mlflow-skinny
+    uri = str(tmp_path / "mlruns")
+    one = fit(ant.callbacks.mlflow("digits", tracking_uri=uri, every=2), epochs=1)
+    whole = fit(ant.callbacks.mlflow("digits", tracking_uri=uri, every=2), state=one, epochs=2)
+    client, run_id = MlflowClient(uri), whole.callback_states["mlflow"]["run_id"]
+    assert run_id == one.callback_states["mlflow"]["run_id"]
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    history = {metric.step: metric.value for metric in client.get_metric_history(run_id, "val_loss")}
+    assert history == dict(zip([4, 8], whole.history.to_dict()["val_loss"], strict=True))
+    assert [metric.step for metric in client.get_metric_history(run_id, "loss")] == [2, 4, 6, 8]
+    with pytest.raises(ZeroDivisionError) as caught:
+        fit(ant.callbacks.mlflow("digits", tracking_uri=uri), failing())
+    state: Any = getattr(caught.value, "train_state")  # noqa: B009  # it is no declared attribute
+    assert client.get_run(state.callback_states["mlflow"]["run_id"]).info.status == "FAILED"
+
+
+@pytest.fixture
+def offline(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    return tmp_path
+
+
+def records_in(data: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file: LevelDB's log format, in blocks of 32 KiB, behind a header of 7 bytes."""
+    at, parts, block = 7, b"", 32 * 1024
+    while at + 7 <= len(data):
+        if block - at % block < 7:  # no room for a header: the block is padded
+            at += block - at % block
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
+
+
+def wandb_rows(directory: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of all offline runs, in their order."""
+    from wandb.proto import wandb_internal_pb2
+
+    rows: list[dict[str, Any]] = []
+    for file in sorted(directory.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
+        for data in records_in(file.read_bytes()):
+            record = getattr(wandb_internal_pb2, "Record").FromString(data)  # noqa: B009  # protobuf makes it at import
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
+
+
+def test_wandb_reads_what_was_logged_and_a_run_goes_on(offline):
+    one = fit(ant.callbacks.wandb("digits", every=2), epochs=1)
+    whole = fit(ant.callbacks.wandb("digits", every=2), state=one, epochs=2)
+    assert one.callback_states["wandb"] == whole.callback_states["wandb"]
+    assert isinstance(whole.callback_states["wandb"]["run_id"], str)
+    rows = wandb_rows(offline)
+    assert [row["_step"] for row in rows] == [2, 4, 6, 8]
+    assert [row["val_loss"] for row in rows if "val_loss" in row] == whole.history.to_dict()["val_loss"]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_a_package_that_is_missing_is_named_with_its_extra(name, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    with pytest.raises(
+        ImportError, match=rf'{name}: the package {name} is not installed; pip install "ant_jax\[{name}\]"'
+    ):
+        getattr(ant.callbacks, name)("digits")
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_refuses(name):
+    with pytest.raises(
+        ValueError, match=f"{name}: every must be a whole number of batches, at least 1, or None, got 0"
+    ):
+        getattr(ant.callbacks, name)("digits", every=0)
