@@ -1,0 +1,177 @@
+"""Every factory of `ant_jax.callbacks` is held to the same promises, by the tool that users have for their own."""
+
+import dataclasses
+import inspect
+import io
+import itertools
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import optax
+import pytest
+from problems import BATCH, batches, data, standard_promotion, trainer
+
+import ant_jax as ant
+from ant_jax import Hyperparam, testing
+from ant_jax._engine import TrainProgram
+from ant_jax._events import Events
+from ant_jax._pace import Pace
+
+
+adam = standard_promotion(optax.inject_hyperparams(optax.adam)(learning_rate=0.01))
+
+
+def stopped_clock() -> float:
+    return 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One way to call a factory.
+
+    Attributes:
+        make: makes the callback; what it writes goes into the directory.
+        options: of the trainer that it needs.
+        twice: whether two runs from one state end in the same one.
+        looks: the batches between the looks of a host callback at batches; ``None`` when it has none of its own.
+    """
+
+    make: Callable[[pathlib.Path], ant.Callback]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    looks: int | None = None
+    twice: bool = True
+
+
+library = ant.callbacks
+injected = {"optimizer": adam}
+CASES: dict[str, Case] = {
+    "adaptive_grad_clip": Case(lambda path: library.adaptive_grad_clip(Hyperparam(0.01))),
+    "centralize": Case(lambda path: library.centralize()),
+    "chain": Case(lambda path: library.chain(library.zero_nans(), library.gradient_noise(0.01))),
+    "chain on the host": Case(
+        lambda path: library.chain(
+            library.json_log(path / "a.json", every=3), library.csv_log(path / "b.csv", every=3)
+        ),
+        looks=3,
+    ),
+    "checkpoint": Case(lambda path: library.checkpoint(path / "checkpoints", keep=1, monitor="val_loss"), twice=False),
+    "checkpoint every": Case(lambda path: library.checkpoint(path / "checkpoints", every=4), looks=4, twice=False),
+    "clip_by_global_norm": Case(lambda path: library.clip_by_global_norm(0.1)),
+    "clip_by_global_norm, changing": Case(lambda path: library.clip_by_global_norm(Hyperparam(0.1))),
+    "clip_by_value": Case(lambda path: library.clip_by_value(0.1)),
+    "csv_log": Case(lambda path: library.csv_log(path / "log.csv")),
+    "csv_log every": Case(lambda path: library.csv_log(path / "log.csv", every=3), looks=3),
+    "early_stopping": Case(lambda path: library.early_stopping("val_loss", patience=1)),
+    "early_stopping, restoring": Case(lambda path: library.early_stopping("train_loss", restore_best=True)),
+    "ema": Case(lambda path: library.ema(0.9, evaluate=True)),
+    "ema, changing": Case(lambda path: library.ema(Hyperparam(0.9))),
+    "every": Case(lambda path: library.every(library.gradient_noise(0.01), batches=2)),
+    "every on the host": Case(
+        lambda path: library.every(library.json_log(path / "a.json", every=1), batches=4), looks=4
+    ),
+    "every epochs": Case(lambda path: library.every(library.swa(0), epochs=2)),
+    "freeze": Case(lambda path: library.freeze("*bias*")),
+    "from_optax": Case(lambda path: library.from_optax(optax.scale(0.5))),
+    "gradient_noise": Case(lambda path: library.gradient_noise(0.01)),
+    "gradient_norm": Case(lambda path: library.gradient_norm()),
+    "gradient_statistics": Case(lambda path: library.gradient_statistics(histograms=True)),
+    "json_log": Case(lambda path: library.json_log(path / "log.json")),
+    "json_log every": Case(lambda path: library.json_log(path / "log.json", every=3), looks=3),
+    "learning_rate_schedule": Case(
+        lambda path: library.learning_rate_schedule(optax.linear_schedule(0.1, 0, 9)), injected
+    ),
+    "learning_rate_schedule per epoch": Case(
+        lambda path: library.learning_rate_schedule(lambda epoch: 0.1 / (1 + epoch), per="epoch"), injected
+    ),
+    "log_hyperparams": Case(lambda path: library.log_hyperparams("learning_rate"), injected),
+    "log_progress": Case(lambda path: library.log_progress(2, printer=str, clock=stopped_clock)),
+    "mlflow": Case(lambda path: library.mlflow(tracking_uri=f"{path.parent}/mlflow", every=4), looks=4, twice=False),
+    "plot_history": Case(lambda path: library.plot_history(path / "history.png")),
+    "progress_bar": Case(lambda path: library.progress_bar(file=io.StringIO(), clock=stopped_clock)),
+    "reduce_on_plateau": Case(lambda path: library.reduce_on_plateau("train_loss", patience=0), injected),
+    "skip_nonfinite": Case(lambda path: library.skip_nonfinite()),
+    "stop_at": Case(lambda path: library.stop_at(1.0, "loss", per="batch")),
+    "stop_at per epoch": Case(lambda path: library.stop_at(Hyperparam(1.0), "train_loss")),
+    "swa": Case(lambda path: library.swa(1, evaluate=True)),
+    "tensorboard": Case(lambda path: library.tensorboard(path / "events", every=4), looks=4),
+    "terminate_on_nan": Case(lambda path: library.terminate_on_nan()),
+    "time_limit": Case(lambda path: library.time_limit(1.0, clock=stopped_clock)),
+    "tolerate": Case(lambda path: library.tolerate(library.csv_log(path / "log.csv"))),
+    "wandb": Case(lambda path: library.wandb("digits", every=4), looks=4, twice=False),
+    "when": Case(lambda path: library.when(lambda state, logs: state.step < 3, library.centralize())),
+    "zero_nans": Case(lambda path: library.zero_nans()),
+}
+
+
+def test_every_factory_has_its_case():
+    factories = {name for name, item in vars(library).items() if inspect.isfunction(item) and not name.startswith("_")}
+    assert {name.split()[0].rstrip(",") for name in CASES} == factories
+
+
+@pytest.fixture
+def offline(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("offline")
+def test_it_keeps_every_promise(name, tmp_path):
+    case, runs = CASES[name], itertools.count()
+
+    def make() -> ant.Callback:
+        directory = tmp_path / str(next(runs))
+        directory.mkdir()
+        return case.make(directory)
+
+    testing.check_callback(make, twice=case.twice, **case.options)
+
+
+@dataclasses.dataclass
+class Costs:
+    """What one run has cost: launches of the train program, and visits of a callback to the batches."""
+
+    launches: int = 0
+    visits: int = 0
+
+
+def costs_of(monkeypatch: pytest.MonkeyPatch, *callbacks: ant.Callback, **options: Any) -> Costs:
+    """Train two epochs of 20 batches, with as many steps a launch as the callbacks allow."""
+    costs, launch, visit = Costs(), TrainProgram.launch, Events.batch_hook
+
+    def counted_launch(*arguments: Any) -> Any:
+        costs.launches += 1
+        return launch(*arguments)
+
+    def counted_visit(self: Any, callback: Any, name: str, *arguments: Any, **named: Any) -> Any:
+        costs.visits += name == "on_batch_end"
+        return visit(self, callback, name, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainProgram, "launch", counted_launch)
+        patch.setattr(Events, "batch_hook", counted_visit)
+        patch.setattr(Pace, "steps", property(lambda pace: 10**6, lambda pace, steps: None), raising=False)
+        a_trainer = trainer(*callbacks, **options)
+        loader = ant.ArrayLoader(data(20 * BATCH), BATCH)
+        a_trainer.fit(a_trainer.init(batches()[0]), loader, 2, batches(1))
+    return costs
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("offline")
+def test_it_costs_no_launch_and_no_visit_more_than_its_looks(name, tmp_path, monkeypatch):
+    case = CASES[name]
+    bare = costs_of(monkeypatch, **case.options).launches
+    callback = case.make(tmp_path)
+    costs = costs_of(monkeypatch, callback, **case.options)
+    if case.looks is None:  # traced, or looking when the host has control anyhow
+        assert costs.launches <= bare
+        assert callback.every is None or not costs.visits
+    else:
+        looks = 2 * math.ceil(20 / case.looks)
+        assert costs.launches <= bare + looks
+        assert costs.visits <= looks
