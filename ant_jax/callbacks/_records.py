@@ -53,8 +53,9 @@ def recording(
 
     def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
-        step = place.step_before + batch_idx + 1
-        writer.submit(lambda: sink.write(_means(logs.window), state.epoch, step, False))
+        # The task must not refer to the state: the trainer would copy it instead of overwriting it.
+        epoch, step = state.epoch, place.step_before + batch_idx + 1
+        writer.submit(lambda: sink.write(_means(logs.window), epoch, step, False))
         return state, logs
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
