@@ -37,7 +37,9 @@ def run_if(
         return changed, published, {name: _present(new_logs, name) for name in published}
 
     changes, published, _ = jax.eval_shape(run)
-    kept = {name: jnp.asarray(logs[name]) if name in logs else _absent(like) for name, like in published.items()}
+    kept = {
+        name: jnp.asarray(logs[name], like.dtype) if name in logs else _absent(like) for name, like in published.items()
+    }
     still_there = {name: jnp.logical_and(_present(logs, name), name in logs) for name in published}
     unchanged = {i: before[int(i)] for i in changes}
     changes, values, present = jax.lax.cond(due, run, lambda: (unchanged, kept, still_there))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ant_jax._trees import PyTree
 
@@ -67,26 +68,44 @@ def written(
         HyperparamError: as ``TrainState.with_hyperparams`` says.
     """
     places = _places(opt_state, callback_states)
-    replaced: dict[tuple[str, str], Any] = {}
+    replaced: dict[str, dict[tuple[str, str], Any]] = {}
     for name, value in values.items():
         place = places[_resolved(name, places)]
+        example = f"optax.inject_hyperparams(optax.adam)({place.name}=0.001)"
+        if _is_whole(place.value) and not _is_whole(value):
+            raise HyperparamError(
+                f"the hyper-parameter {name!r} is a whole number, since it was made with one, and {value!r} would be "
+                f"rounded; write it with a point where it is made, {example}"
+            )
         if place.scheduled:
             raise HyperparamError(
                 f"the hyper-parameter {name!r} follows a schedule, which would set it again at the next update; make "
-                f"the optimizer with a number in its place, optax.inject_hyperparams(optax.adam)({name}=0.001), and "
-                f"give the schedule to ant_jax.callbacks.learning_rate_schedule"
+                f"the optimizer with a number in its place, {example}, and give the schedule to "
+                f"ant_jax.callbacks.learning_rate_schedule"
             )
-        replaced[place.path, place.name] = like(value, place.value)
+        replaced.setdefault(place.owner, {})[place.path, place.name] = like(value, place.value)
     states = {"": opt_state, **callback_states}
-    touched = {path.partition(":")[0] for path, _ in replaced}
-    states |= {owner: _rewritten(states[owner], f"{owner}:", replaced) for owner in touched}
+    states |= {owner: _rewritten(states[owner], "", new) for owner, new in replaced.items()}
     return states.pop(""), states
+
+
+def _is_whole(value: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(value), jnp.integer)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a hyper-parameter is: the path of the node that has it, and its name there."""
+    """Where a hyper-parameter is.
 
+    Attributes:
+        owner: the callback in whose memory it is; ``""``: it is in the optimizer's state.
+        path: of the node that has it.
+        name: its name there.
+        value: what it is now.
+        scheduled: whether a schedule sets it at every update.
+    """
+
+    owner: str
     path: str
     name: str
     value: Any
@@ -95,13 +114,12 @@ class _Place:
 
 def _places(opt_state: PyTree, callback_states: Mapping[str, Any]) -> dict[str, _Place]:
     found: dict[str, _Place] = {}
-    of_optimizer = list(_walk(opt_state, ":"))
-    names = [place.name for place in of_optimizer]
-    for place in of_optimizer:
-        unique = names.count(place.name) == 1
-        found[place.name if unique else f"{place.path.removeprefix(':')}/{place.name}"] = place
-    for owner, memory in callback_states.items():
-        found |= {f"{owner}/{place.name}": place for place in _walk(memory, f"{owner}:")}
+    for owner, tree in {"": opt_state, **callback_states}.items():
+        places = list(_walk(tree, owner, ""))
+        names = [place.name for place in places]
+        for place in places:
+            within = "" if names.count(place.name) == 1 else place.path.strip("/")
+            found["/".join(part for part in (owner, within, place.name) if part)] = place
     return found
 
 
@@ -114,10 +132,11 @@ def _resolved(name: str, places: Mapping[str, Any]) -> str:
             f"several hyper-parameters are named {name!r}: {', '.join(candidates)}; give the whole name, "
             f"state.with_hyperparams(**{{{candidates[0]!r}: ...}})"
         )
+    argument = f"{name.rpartition('/')[2]}=0.001"
     raise HyperparamError(
         f"the state has no hyper-parameter {name!r} (there are: {', '.join(places) or 'none'}). An optimizer keeps its "
-        f"numbers in the state when it is made with optax.inject_hyperparams(optax.adam)({name}=0.001) instead of "
-        f"optax.adam({name}=0.001), a callback when it is given ant_jax.Hyperparam(value) instead of value"
+        f"numbers in the state when it is made with optax.inject_hyperparams(optax.adam)({argument}) instead of "
+        f"optax.adam({argument}), a callback when it is given ant_jax.Hyperparam(value) instead of value"
     )
 
 
@@ -133,15 +152,15 @@ def _inside(node: Any) -> Any:
     return getattr(node, "inner_state", None)
 
 
-def _walk(tree: PyTree, path: str) -> Iterator[_Place]:
+def _walk(tree: PyTree, owner: str, path: str) -> Iterator[_Place]:
     nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: _hyperparams_of(node) is not None)
     for keys, node in nodes:
         hyperparams = _hyperparams_of(node)
         if hyperparams is not None:
             here = path + jax.tree_util.keystr(keys, simple=True, separator="/")
             scheduled = getattr(node, "hyperparams_states", {})
-            yield from (_Place(here, name, value, name in scheduled) for name, value in hyperparams.items())
-            yield from _walk(_inside(node), f"{here}/")
+            yield from (_Place(owner, here, name, value, name in scheduled) for name, value in hyperparams.items())
+            yield from _walk(_inside(node), owner, f"{here}/")
 
 
 def _rewritten(tree: PyTree, path: str, replaced: Mapping[tuple[str, str], Any]) -> PyTree:

@@ -55,8 +55,9 @@ class Logs(Mapping[str, Any]):
 
     def changed_to(self, values: Mapping[str, Any]) -> Logs:
         """Return these logs with other values: what a hook returned, and what the logs know beside the values."""
-        present = {**self.present, **values.present} if isinstance(values, Logs) else self.present
-        return Logs(values, self._window, present)
+        # What a hook publishes is present, also where another hook has left a log of that name out.
+        kept = {name: there for name, there in self.present.items() if values.get(name) is self._values[name]}
+        return Logs(values, self._window, {**kept, **values.present} if isinstance(values, Logs) else kept)
 
     @property
     def window(self) -> Mapping[str, np.ndarray]:

@@ -213,7 +213,9 @@ class TrainState:
         opt_state, memories = _hyperparams.written(self.opt_state, self.callback_states, values, self._like)
         return self.replace(opt_state=opt_state, callback_states=memories)
 
-    def _like(self, new: Any, old: Any) -> jax.Array:
+    def _like(self, new: Any, old: Any) -> Any:
+        if not isinstance(old, jax.Array):  # in the memory of a host callback
+            return type(old)(new)
         return jnp.asarray(new, dtype=old.dtype) if self.host is None else strong(new, old)
 
     def with_callback_state(self, name: str, value: Any) -> TrainState:

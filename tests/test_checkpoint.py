@@ -23,7 +23,7 @@ def remember(name: str = "remember") -> ant.Callback:
             "text": "é",
             "kinds": {3: (1.5, None, np.arange(3, dtype=np.int16), jnp.ones(2, jnp.bfloat16))},
         }
-        return state.with_callback_state(name, memory), {**logs, "vector": np.float32([0.1, 0.2])}
+        return state.with_callback_state(name, memory), {**logs, "vector": np.array([0.1, 0.2], np.float32)}
 
     return host(name, init=lambda state: {"seen": []}, on_epoch_end=on_epoch_end)
 

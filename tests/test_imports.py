@@ -26,8 +26,8 @@ LAYERS = [
     {"callbacks._arguments", "callbacks._background"},
     {"callbacks._records"},
     {f"callbacks._{name}" for name in (
-        "checkpoint", "combinators", "files", "freeze", "gradients", "guards", "log_progress", "plot", "progress_bar", "schedules",
-        "statistics", "stopping", "trackers", "weights",
+        "checkpoint", "combinators", "files", "freeze", "gradients", "guards", "log_progress", "plot", "progress_bar",
+        "schedules", "statistics", "stopping", "trackers", "weights",
     )},
     {"callbacks"},
     {"_loop"},

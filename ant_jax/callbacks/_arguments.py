@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 from ant_jax._hyperparams import Hyperparam
 
 
 def number(value: Any) -> Any:
-    """The value of a number that may be given as a ``Hyperparam``."""
+    """The value of a number that may be given as a ``Hyperparam``, where the checks below allow none."""
     return value.value if isinstance(value, Hyperparam) else value
 
 
 def refuse(owner: str, argument: str, allowed: str, value: Any) -> None:
     """Raise ValueError, naming the factory, its argument, what is allowed and what was given.
 
-    >>> refuse("ema", "decay", "between 0 and 1", 2)
+    >>> refuse("ema", "decay", "a number between 0 and 1", 2)
     Traceback (most recent call last):
     ...
-    ValueError: ema: decay must be between 0 and 1, got 2
+    ValueError: ema: decay must be a number between 0 and 1, got 2
     """
     raise ValueError(f"{owner}: {argument} must be {allowed}, got {value!r}")
 
 
 def check_positive(owner: str, argument: str, value: Any) -> None:
     """Refuse what is not a finite number above 0."""
-    if not _is_finite(value) or not number(value) > 0:
-        refuse(owner, argument, "a positive number", value)
+    if not _is_finite(value) or not value > 0:
+        refuse(owner, argument, "a finite number above 0", value)
 
 
 def check_not_negative(owner: str, argument: str, value: Any) -> None:
     """Refuse what is not a finite number from 0 on."""
-    if not _is_finite(value) or not number(value) >= 0:
-        refuse(owner, argument, "a number from 0 on", value)
+    if not _is_finite(value) or not value >= 0:
+        refuse(owner, argument, "a finite number from 0 on", value)
 
 
 def check_finite(owner: str, argument: str, value: Any) -> None:
@@ -44,8 +45,8 @@ def check_finite(owner: str, argument: str, value: Any) -> None:
 
 def check_fraction(owner: str, argument: str, value: Any) -> None:
     """Refuse what is not a number strictly between 0 and 1."""
-    if not _is_finite(value) or not 0 < number(value) < 1:
-        refuse(owner, argument, "between 0 and 1", value)
+    if not _is_finite(value) or not 0 < value < 1:
+        refuse(owner, argument, "a number between 0 and 1", value)
 
 
 def check_count(
@@ -61,10 +62,15 @@ def check_count(
 
 def check_choice(owner: str, argument: str, value: Any, *allowed: str) -> None:
     """Refuse what is not one of ``allowed``."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         refuse(owner, argument, " or ".join(map(repr, allowed)), value)
 
 
+def check_name(owner: str, argument: str, value: Any) -> None:
+    """Refuse what is not a string that names something."""
+    if not isinstance(value, str) or not value:
+        refuse(owner, argument, "a name", value)
+
+
 def _is_finite(value: Any) -> bool:
-    value = number(value)
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -108,8 +108,10 @@ def chain(*callbacks: Callback, name: str = "chain") -> Callback:
     """Make one callback of several, which run one after the other at every hook.
 
     Args:
-        *callbacks: all traced or all on the host, and with the same ``every``.
-        name: of the chain. Its memory is those of the callbacks, by their names.
+        *callbacks: those with other hooks than the ones of gradients and updates must be all traced or all on the
+            host, and with the same ``every``.
+        name: of the chain. Its memory is those of the callbacks, by their names; if one has hooks inside the step, all
+            of it is on the device, so it must be arrays and numbers.
 
     Returns:
         One callback.
@@ -125,13 +127,19 @@ def chain(*callbacks: Callback, name: str = "chain") -> Callback:
     members = checked(callbacks)
     if not members:
         raise ValueError("chain: give it callbacks")
-    if len({(member.traced, member.every) for member in members}) > 1:
-        kinds = ", ".join(f"{member.name!r}: traced={member.traced}, every={member.every}" for member in members)
+    # The hooks of gradients and updates run at the same place whatever their callback says.
+    placed = [member for member in members if not set(STEP_HOOKS) >= hooks_of(member).keys()] or list(members)
+    if len({(member.traced, member.every) for member in placed}) > 1:
+        kinds = ", ".join(f"{member.name!r}: traced={member.traced}, every={member.every}" for member in placed)
         raise ValueError(f"chain: callbacks of one chain run at the same places and as often; got {kinds}")
 
     def init(state: Any) -> Any:
-        memories = {member.name: member.init(state) for member in members}
-        return {owner: memory for owner, memory in memories.items() if memory is not None} or None
+        memories: dict[str, Any] = {}
+        for member in members:
+            memory = member.init(state.replace(callback_states={**state.callback_states, **memories}))
+            if memory is not None:
+                memories[member.name] = memory
+        return memories or None
 
     def hook_of(hook_name: str) -> HookFn:
         def hook(*arguments: Any) -> Any:
@@ -153,14 +161,15 @@ def chain(*callbacks: Callback, name: str = "chain") -> Callback:
         return hook
 
     hooks: dict[str, Any] = {hook: hook_of(hook) for hook in HOOKS if any(hook in hooks_of(m) for m in members)}
-    return Callback(name=name, init=init, traced=members[0].traced, every=members[0].every, **hooks)
+    return Callback(name=name, init=init, traced=placed[0].traced, every=placed[0].every, **hooks)
 
 
 def tolerate(callback: Callback, *, failures: int = 3) -> Callback:
     """Let a run go on when a host callback fails, such as a tracker whose server is down.
 
     An exception in one of its hooks is logged as a warning (logger ``ant_jax``), and the state and the logs stay as
-    they were. After so many failures in a run it is not called any more. Ctrl-C is no failure.
+    they were. After so many failures in a run it is not called any more, but for ``on_train_end`` and ``on_exception``,
+    where it may close what it has open. Ctrl-C is no failure.
 
     Args:
         callback: which one; the result keeps its name and its memory.
@@ -190,7 +199,7 @@ def tolerate(callback: Callback, *, failures: int = 3) -> Callback:
         def hook(*arguments: Any) -> Any:
             place = len(arguments) - len(HOOKS[hook_name].values)
             lead, given = arguments[:place], arguments[place:]
-            if failed[0] >= failures:
+            if failed[0] >= failures and hook_name not in ("on_train_end", "on_exception"):
                 return given
             try:
                 return _called(callback, hook_name, function, lead, given)

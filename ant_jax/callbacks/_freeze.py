@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,41 +32,43 @@ def freeze(filter: str | Iterable[str] | Callable[[str], bool], *, name: str = "
 
     Raises:
         TypeError: ``filter`` is something else.
-        ValueError: in ``Trainer.init``, when it matches no parameter; the message lists the paths.
+        ValueError: in ``Trainer.init``, when the function, or one of the patterns, matches no parameter; the message
+            lists the paths.
 
     >>> freeze("encoder/*")
     Callback(name='freeze', hooks=on_backward_end, on_before_apply)
     """
-    is_frozen = _predicate(filter)
+    matchers = _matchers(filter)
 
     def init(state: Any) -> None:
         paths = list(named_leaves(state.params))
-        if not any(map(is_frozen, paths)):
-            raise ValueError(f"freeze: {filter!r} matches none of the parameters {', '.join(paths)}")
+        for given, matches in matchers.items():
+            if not any(map(matches, paths)):
+                raise ValueError(f"freeze: {given!r} matches none of the parameters {', '.join(paths)}")
 
-    def zeroed(tree: Any) -> Any:
+    def with_frozen(value: float, tree: Any) -> Any:
         leaves, treedef = jax.tree.flatten(tree)
-        paths = named_leaves(tree)
+        frozen = [any(matches(path) for matches in matchers.values()) for path in named_leaves(tree)]
         return jax.tree.unflatten(
-            treedef,
-            [jnp.zeros_like(leaf) if is_frozen(path) else leaf for path, leaf in zip(paths, leaves, strict=True)],
+            treedef, [jnp.full_like(leaf, value) if f else leaf for f, leaf in zip(frozen, leaves, strict=True)]
         )
 
     def on_backward_end(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
         del batch_idx, trainer
-        return state, zeroed(grads), logs
+        return state, with_frozen(0.0, grads), logs
 
     def on_before_apply(batch_idx: Any, trainer: Any, state: Any, updates: Any, logs: Any) -> Any:
         del batch_idx, trainer
-        return state, zeroed(updates), logs
+        return state, with_frozen(-0.0, updates), logs  # adding 0.0 would make 0.0 of a parameter that is -0.0
 
     return Callback(name=name, init=init, on_backward_end=on_backward_end, on_before_apply=on_before_apply)
 
 
-def _predicate(filter: Any) -> Callable[[str], bool]:
+def _matchers(filter: Any) -> dict[Any, Callable[[str], bool]]:
+    """What was given, the function or each pattern, with what it says of a path."""
     if callable(filter):
-        return lambda path: bool(filter(path))
+        return {filter: lambda path: bool(filter(path))}
     patterns = [filter] if isinstance(filter, str) else list(filter) if isinstance(filter, Iterable) else []
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"freeze: filter must be a pattern, patterns, or a function of a path, got {filter!r}")
-    return lambda path: any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+    return {pattern: functools.partial(fnmatch.fnmatchcase, pat=pattern) for pattern in patterns}

@@ -10,7 +10,7 @@ import optax
 
 from ant_jax._callback import Callback
 from ant_jax._hyperparams import Hyperparam
-from ant_jax.callbacks._arguments import check_not_negative, check_positive
+from ant_jax.callbacks._arguments import check_not_negative, check_positive, number
 
 
 def from_optax(transformation: optax.GradientTransformation, *, name: str = "from_optax") -> Callback:
@@ -61,7 +61,7 @@ def clip_by_global_norm(max_norm: float | Hyperparam, *, name: str = "clip_by_gl
     >>> clip_by_global_norm(1.0)
     Callback(name='clip_by_global_norm', hooks=on_before_update)
     """
-    check_positive("clip_by_global_norm", "max_norm", max_norm)
+    check_positive("clip_by_global_norm", "max_norm", number(max_norm))
     return _transforming(name, "on_before_update", _made(optax.clip_by_global_norm, max_norm=max_norm))
 
 
@@ -84,7 +84,7 @@ def clip_by_value(max_value: float | Hyperparam, *, name: str = "clip_by_value")
     >>> clip_by_value(0.5)
     Callback(name='clip_by_value', hooks=on_before_update)
     """
-    check_positive("clip_by_value", "max_value", max_value)
+    check_positive("clip_by_value", "max_value", number(max_value))
     return _transforming(name, "on_before_update", _made(optax.clip, max_delta=max_value))
 
 
@@ -115,8 +115,8 @@ def adaptive_grad_clip(
     >>> adaptive_grad_clip(0.01)
     Callback(name='adaptive_grad_clip', hooks=on_before_update)
     """
-    check_positive("adaptive_grad_clip", "clipping", clipping)
-    check_positive("adaptive_grad_clip", "eps", eps)
+    check_positive("adaptive_grad_clip", "clipping", number(clipping))
+    check_positive("adaptive_grad_clip", "eps", number(eps))
     return _transforming(name, "on_before_update", _made(optax.adaptive_grad_clip, clipping=clipping, eps=eps))
 
 
@@ -146,8 +146,8 @@ def gradient_noise(
     >>> gradient_noise(0.01)
     Callback(name='gradient_noise', hooks=on_before_update)
     """
-    check_not_negative("gradient_noise", "eta", eta)
-    check_not_negative("gradient_noise", "gamma", gamma)
+    check_not_negative("gradient_noise", "eta", number(eta))
+    check_not_negative("gradient_noise", "gamma", number(gamma))
 
     def made(key: Any) -> optax.GradientTransformation:
         return _made(optax.add_noise, eta=eta, gamma=gamma, key=key)
@@ -197,7 +197,8 @@ def zero_nans(*, name: str = "zero_nans") -> Callback:
 
 def _made(factory: Callable[..., optax.GradientTransformation], **arguments: Any) -> optax.GradientTransformation:
     """Call an optax factory; a ``Hyperparam`` among the arguments goes into the state, the other numbers do not."""
-    changing = {name: value.value for name, value in arguments.items() if isinstance(value, Hyperparam)}
+    # As floats: optax keeps a whole number as int32, and then 0.5 could not be put in its place.
+    changing = {name: float(value.value) for name, value in arguments.items() if isinstance(value, Hyperparam)}
     if not changing:
         return factory(**arguments)
     return optax.inject_hyperparams(factory, static_args=arguments.keys() - changing)(**{**arguments, **changing})

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ant_jax._callback import Callback
 from ant_jax._trees import named_leaves
 from ant_jax.callbacks._arguments import check_count
+
+
+_REMEDIES = "A lower learning rate, clip_by_global_norm or skip_nonfinite may help"
 
 
 class NonFiniteError(FloatingPointError):
@@ -19,9 +24,10 @@ def terminate_on_nan(*, name: str = "terminate_on_nan") -> Callback:
     """End the run at the first batch with a number that is not finite, and say which.
 
     Inside the step, in ``on_backward_end``, it looks at the parameters, the loss and the gradients, as the callbacks
-    before it left these. The first bad batch makes no update and is the last one, however many steps a launch has; at
-    the end of the batches the error is raised on the host. Its attribute ``train_state`` is the state before that
-    batch's update, with finite parameters if they were finite then. (Where the precision is float16, a batch whose
+    before it left these. The first bad batch makes no update and is the last one, however many steps a launch has (an
+    accumulation window that is open closes first, without it); then the error is raised on the host. Its attribute
+    ``train_state`` is the state then, whose parameters that batch has not touched. At the end of an epoch it looks at
+    the parameters once more, which the last update may have spoilt. (Where the precision is float16, a batch whose
     gradients overflow is the loss scale's business, and not looked at.)
 
     Args:
@@ -29,10 +35,10 @@ def terminate_on_nan(*, name: str = "terminate_on_nan") -> Callback:
             number was, -1 as long as there is none.
 
     Returns:
-        A callback that raises ``NonFiniteError`` in ``on_evaluate_begin`` or ``on_epoch_end``.
+        A callback that raises ``NonFiniteError`` in ``on_batch_end`` or ``on_epoch_end``.
 
     >>> terminate_on_nan()
-    Callback(name='terminate_on_nan', hooks=on_train_begin, on_backward_end, on_evaluate_begin, on_epoch_end)
+    Callback(name='terminate_on_nan', hooks=on_train_begin, on_backward_end, on_batch_end, on_epoch_end)
     """
 
     def init(state: Any) -> Any:
@@ -54,25 +60,38 @@ def terminate_on_nan(*, name: str = "terminate_on_nan") -> Callback:
         state = state.with_callback_state(name, memory)
         return state.skip_batch(when=found).request_stop(when=found), grads, logs
 
-    def raise_if_found(trainer: Any, state: Any, logs: Any) -> Any:
+    def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        del batch_idx, trainer
+        if _has_stopped(state):
+            memory = {field: int(value) for field, value in state.callback_states[name].items()}
+            if memory["step"] >= 0:
+                what = list(_watched(state.params, None, state.params))[memory["leaf"]]
+                raise NonFiniteError(
+                    f"{what} is not finite at batch {memory['batch_idx']} of epoch {state.epoch} (step "
+                    f"{memory['step']}); the parameters of this exception's train_state are untouched by that batch. "
+                    f"{_REMEDIES}"
+                )
+        return state, logs
+
+    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
-        memory = {field: int(value) for field, value in state.callback_states[name].items()}
-        if memory["step"] >= 0:
-            what = list(_watched(state.params, None, state.params))[memory["leaf"]]
-            raise NonFiniteError(
-                f"{what} is not finite at batch {memory['batch_idx']} of epoch {state.epoch} (step {memory['step']}); "
-                f"the batch made no update, and this exception's train_state is the state before it. A lower learning "
-                f"rate, clip_by_global_norm or skip_nonfinite may help"
-            )
+        params = named_leaves(state.params)
+        for path, bad in zip(params, np.asarray(_bad(list(params.values()))), strict=True):
+            if bad:
+                raise NonFiniteError(
+                    f"the parameter {path!r} is not finite after the last update of epoch {epoch} (step "
+                    f"{int(state.step) - 1}). {_REMEDIES}"
+                )
         return state, logs
 
     return Callback(
         name=name,
         init=init,
+        every=None,
         on_train_begin=on_train_begin,
         on_backward_end=on_backward_end,
-        on_evaluate_begin=raise_if_found,
-        on_epoch_end=lambda epoch, trainer, state, logs: raise_if_found(trainer, state, logs),
+        on_batch_end=on_batch_end,
+        on_epoch_end=on_epoch_end,
     )
 
 
@@ -94,9 +113,10 @@ def skip_nonfinite(*, max_consecutive: int = 10, name: str = "skip_nonfinite") -
 
     Raises:
         ValueError: ``max_consecutive`` is below 1.
+        NonFiniteError: while training, after so many.
 
     >>> skip_nonfinite()
-    Callback(name='skip_nonfinite', hooks=on_backward_end, on_evaluate_begin, on_epoch_end)
+    Callback(name='skip_nonfinite', hooks=on_train_begin, on_backward_end, on_batch_end, on_epoch_end)
     """
     check_count("skip_nonfinite", "max_consecutive", max_consecutive, unit="batches")
 
@@ -104,38 +124,54 @@ def skip_nonfinite(*, max_consecutive: int = 10, name: str = "skip_nonfinite") -
         del state
         return {"skipped": jnp.int32(0), "consecutive": jnp.int32(0)}
 
+    def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
+        del trainer
+        memory = state.callback_states[name]
+        if memory["consecutive"] >= max_consecutive:  # a run that goes on after the error begins to count anew
+            state = state.with_callback_state(name, {**memory, "consecutive": jnp.int32(0)})
+        return state, logs
+
     def on_backward_end(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
         del batch_idx, trainer
         memory = state.callback_states[name]
         bad = jnp.any(_bad([logs["loss"], *named_leaves(grads).values()]))
         skipped = memory["skipped"] + bad.astype(jnp.int32)
-        consecutive = jnp.where(bad, memory["consecutive"] + 1, 0)
+        # Once there are too many they stay so: the rest of an accumulation window, which may be good, follows.
+        too_many = memory["consecutive"] >= max_consecutive
+        consecutive = jnp.where(bad, memory["consecutive"] + 1, jnp.where(too_many, memory["consecutive"], 0))
         state = state.with_callback_state(name, {"skipped": skipped, "consecutive": consecutive})
         return state.skip_batch(when=bad).request_stop(when=consecutive >= max_consecutive), grads, logs
 
-    def raise_if_too_many(trainer: Any, state: Any, logs: Any) -> Any:
+    def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
-        consecutive = int(state.callback_states[name]["consecutive"])
-        if consecutive >= max_consecutive:
-            raise NonFiniteError(
-                f"skip_nonfinite: the last {consecutive} batches, up to batch {state.batch_idx - 1} of epoch "
-                f"{state.epoch}, had a loss or gradients that are not finite; max_consecutive={max_consecutive}. Use "
-                f"terminate_on_nan to see where the first such number is"
-            )
+        if _has_stopped(state):
+            consecutive = int(state.callback_states[name]["consecutive"])
+            if consecutive >= max_consecutive:
+                raise NonFiniteError(
+                    f"skip_nonfinite: {consecutive} batches in a row, by batch {batch_idx} of epoch {state.epoch}, had "
+                    f"a loss or gradients that are not finite; max_consecutive={max_consecutive}. Use terminate_on_nan "
+                    f"to see where the first such number is"
+                )
         return state, logs
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
-        del epoch
-        state, logs = raise_if_too_many(trainer, state, logs)
+        del epoch, trainer
         return state, {**logs, "skipped_steps": state.callback_states[name]["skipped"]}
 
     return Callback(
         name=name,
         init=init,
+        every=None,
+        on_train_begin=on_train_begin,
         on_backward_end=on_backward_end,
-        on_evaluate_begin=raise_if_too_many,
+        on_batch_end=on_batch_end,
         on_epoch_end=on_epoch_end,
     )
+
+
+def _has_stopped(state: Any) -> bool:
+    """Whether the step has asked to end the run, and no accumulation window is open; costs nothing as long as not."""
+    return state.stop and not state.window_open
 
 
 def _watched(params: Any, loss: Any, grads: Any) -> dict[str, Any]:
@@ -147,6 +183,7 @@ def _watched(params: Any, loss: Any, grads: Any) -> dict[str, Any]:
     )
 
 
+@jax.jit
 def _bad(leaves: list[Any]) -> Any:
     """Which leaves have a number that is not finite, bool[leaves]."""
     return jnp.stack([~jnp.all(jnp.isfinite(leaf)) for leaf in leaves])

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from ant_jax._callback import Callback
-from ant_jax.callbacks._arguments import check_choice, check_count, check_fraction, check_not_negative
+from ant_jax.callbacks._arguments import check_choice, check_count, check_fraction, check_name, check_not_negative
 
 
 def learning_rate_schedule(
@@ -31,7 +32,8 @@ def learning_rate_schedule(
             the function must be JAX; per epoch it is a Python int, and any function will do.
         per: what the count counts: ``"step"``, updates of the optimizer (not batches, which are more when gradients are
             accumulated); ``"epoch"``, epochs.
-        hyperparam: which one to set, by its name in ``state.hyperparams``.
+        hyperparam: which one to set, by its name in ``state.hyperparams``. For one of a callback, list that callback
+            first.
         name: of the callback. Per step its memory is ``{"count": int32 scalar}``, the updates so far; per epoch it
             keeps none.
 
@@ -56,6 +58,13 @@ def learning_rate_schedule(
     if not callable(schedule):
         raise TypeError(f"learning_rate_schedule: schedule must be a function of a count, got {schedule!r}")
     check_choice("learning_rate_schedule", "per", per, "step", "epoch")
+    check_name("learning_rate_schedule", "hyperparam", hyperparam)
+
+    def scheduled(state: Any, count: Any) -> Any:
+        # optax's schedules are not written for jax_numpy_dtype_promotion="strict", which a user may have set.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            value = schedule(count)
+        return state.with_hyperparams(**{hyperparam: value})
 
     def init(state: Any) -> Any:
         state.with_hyperparams(**{hyperparam: 0.0})  # to raise now if it cannot be set
@@ -64,12 +73,12 @@ def learning_rate_schedule(
     def on_before_update(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
         del batch_idx, trainer
         count = state.callback_states[name]["count"]
-        state = state.with_hyperparams(**{hyperparam: schedule(count)})
-        return state.with_callback_state(name, {"count": count + 1}), grads, logs
+        state = scheduled(state, count).with_callback_state(name, {"count": count + 1})
+        return state, grads, logs
 
     def on_epoch_begin(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
-        return state.with_hyperparams(**{hyperparam: schedule(epoch)}), logs
+        return scheduled(state, epoch), logs
 
     def publish(position: Any, trainer: Any, state: Any, logs: Any) -> Any:
         del position, trainer
@@ -127,6 +136,8 @@ def reduce_on_plateau(
     Callback(name='reduce_on_plateau', hooks=on_epoch_end)
     """
     owner = "reduce_on_plateau"
+    check_name(owner, "monitor", monitor)
+    check_name(owner, "hyperparam", hyperparam)
     check_fraction(owner, "factor", factor)
     check_count(owner, "patience", patience, least=0, unit="epochs")
     check_choice(owner, "mode", mode, "min", "max")

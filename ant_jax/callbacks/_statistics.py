@@ -12,7 +12,7 @@ from ant_jax._trees import named_leaves
 
 
 # A histogram counts the elements whose magnitude is in [2**e, 2**(e + 1)), for e from the first of these to the last;
-# the first bin has all that are smaller, zeros included, and the last all that are larger.
+# the first bin has all that are smaller, zeros included, and the last all that are larger or not finite.
 HISTOGRAM_EXPONENTS = range(-24, 8)
 
 
@@ -53,7 +53,7 @@ def gradient_statistics(
         per_layer: whether to log those of each parameter, too, as ``grad_norm/<path>`` and so on.
         histograms: whether to log ``grad_histogram/<path>``: how many elements of a gradient have a magnitude in
             ``[2**e, 2**(e + 1))``, for ``e`` from -24 to 7, float32[32]; what is smaller is counted in the first bin,
-            what is larger in the last.
+            what is larger, infinite or NaN in the last.
         name: of the callback; it keeps no memory.
 
     Returns:
@@ -65,7 +65,7 @@ def gradient_statistics(
     """
 
     def norms(kind: str, tree: Any) -> dict[str, Any]:
-        of_layers = {path: optax.tree.norm(leaf) for path, leaf in named_leaves(tree).items()}
+        of_layers = {path: _norm(leaf) for path, leaf in named_leaves(tree).items()}
         in_all = {f"{kind}_norm": optax.tree.norm(of_layers)}
         return in_all | ({f"{kind}_norm/{path}": norm for path, norm in of_layers.items()} if per_layer else {})
 
@@ -86,6 +86,12 @@ def gradient_statistics(
 def _histogram(values: Any) -> Any:
     first, last = HISTOGRAM_EXPONENTS[0], HISTOGRAM_EXPONENTS[-1]
     _, exponents = jnp.frexp(values)  # mantissas are in [0.5, 1), so these are one too large
-    exponents = jnp.where(values == 0, first, exponents - 1)
+    exponents = jnp.where(values == 0, first, jnp.where(jnp.isfinite(values), exponents - 1, last))
     bins = jnp.clip(exponents, first, last) - first
-    return jnp.zeros(len(HISTOGRAM_EXPONENTS), jnp.float32).at[bins.ravel()].add(1.0)
+    # Counted as integers: a float32 that counts by ones stays at 2**24.
+    return jnp.bincount(bins.ravel(), length=len(HISTOGRAM_EXPONENTS)).astype(jnp.float32)
+
+
+def _norm(leaf: Any) -> Any:
+    """In float32: parameters may have a lower precision, in which a sum of squares is worth little."""
+    return optax.tree.norm(jnp.abs(leaf).astype(jnp.float32))

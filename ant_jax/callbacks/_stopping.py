@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from ant_jax.callbacks._arguments import (
     check_choice,
     check_count,
     check_finite,
+    check_name,
     check_not_negative,
     check_positive,
     number,
@@ -42,12 +44,13 @@ def early_stopping(
         patience: end after so many epochs in a row without an improvement; at least 1.
         min_delta: how much better than the best so far a value must be to count; not negative.
         mode: ``"min"`` if smaller is better, ``"max"`` if larger is.
-        baseline: an improvement that does not reach it does not end the wait.
+        baseline: an improvement that does not reach it does not end the wait; the run goes on for that epoch, though.
         start_epoch: the first epoch, from 0, that is looked at; those before it are warm-up.
         restore_best: whether the run ends with the parameters and the model state of the best epoch. It is done in
             ``on_train_end``; checkpoints hold the latest and, in the callback's memory, the best.
         name: of the callback. Its memory is ``{"best": float32 scalar, "wait": int32 scalar}``, the best value so far
-            and the epochs since, and with ``restore_best`` also ``params`` and ``model_state`` of the best epoch.
+            and the epochs since, and with ``restore_best`` also ``params`` and ``model_state`` of the best epoch, or of
+            the latest as long as there is none.
 
     Returns:
         A callback that requests the stop.
@@ -64,6 +67,7 @@ def early_stopping(
     >>> early_stopping(restore_best=True)
     Callback(name='early_stopping', hooks=on_epoch_end, on_train_end)
     """
+    check_name("early_stopping", "monitor", monitor)
     check_count("early_stopping", "patience", patience, unit="epochs")
     check_not_negative("early_stopping", "min_delta", min_delta)
     check_choice("early_stopping", "mode", mode, "min", "max")
@@ -71,12 +75,13 @@ def early_stopping(
         check_finite("early_stopping", "baseline", baseline)
     check_count("early_stopping", "start_epoch", start_epoch, least=0)
     sign = 1.0 if mode == "min" else -1.0
+    nothing = sign * math.inf
 
     def weights(state: Any) -> dict[str, Any]:
         return {"params": state.params, "model_state": state.model_state} if restore_best else {}
 
     def init(state: Any) -> Any:
-        return {"best": jnp.float32(sign * jnp.inf), "wait": jnp.int32(0), **weights(state)}
+        return {"best": jnp.float32(nothing), "wait": jnp.int32(0), **weights(state)}
 
     def on_epoch_end(epoch: Any, trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
@@ -85,12 +90,11 @@ def early_stopping(
         improved = counts & (sign * value < sign * memory["best"] - min_delta)
         reset = improved if baseline is None else improved & (sign * value < sign * baseline - min_delta)
         wait = jnp.where(reset | ~counts, 0, memory["wait"] + 1)
-        best = {"best": value, **weights(state)}
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(improved, new, old), best, {field: memory[field] for field in best}
-        )
-        state = state.with_callback_state(name, {**kept, "wait": wait})
-        return state.request_stop(when=wait >= patience), logs
+        best = jnp.where(improved, value, memory["best"])
+        keeps, now = improved | (best == nothing), weights(state)
+        kept = jax.tree.map(lambda new, old: jnp.where(keeps, new, old), now, {field: memory[field] for field in now})
+        state = state.with_callback_state(name, {"best": best, "wait": wait, **kept})
+        return state.request_stop(when=(wait >= patience) & ~improved), logs
 
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
@@ -130,7 +134,8 @@ def stop_at(
     >>> stop_at(0.99, "val_accuracy", mode="max")
     Callback(name='stop_at', hooks=on_epoch_end)
     """
-    check_finite("stop_at", "threshold", threshold)
+    check_finite("stop_at", "threshold", number(threshold))
+    check_name("stop_at", "monitor", monitor)
     check_choice("stop_at", "mode", mode, "min", "max")
     check_choice("stop_at", "per", per, "epoch", "batch")
     changing = isinstance(threshold, Hyperparam)

@@ -27,40 +27,48 @@ def ema(decay: float | Hyperparam = 0.999, *, evaluate: bool = False, name: str 
         decay: between 0 and 1; averages over about ``1 / (1 - decay)`` updates. As a ``Hyperparam`` it can be changed
             while training.
         evaluate: whether to evaluate the average. Only one callback of a trainer may.
-        name: of the callback. Its memory is ``{"average": like the parameters}``, and the ``Hyperparam``.
+        name: of the callback. Its memory is ``{"average": like the parameters, "updated": bool scalar}``, the latter
+            true between an update and the end of its batch, the ``Hyperparam``, and with ``evaluate`` also
+            ``{"swapped": bool scalar}``, whether average and parameters have changed places for an evaluation.
 
     Returns:
         A callback that keeps an average.
 
     Raises:
-        ValueError: ``decay`` is not between 0 and 1.
+        ValueError: ``decay`` is not between 0 and 1; or, in ``Trainer.init``, another callback has ``evaluate``, too.
 
     References:
         Polyak and Juditsky, Acceleration of stochastic approximation by averaging, 1992,
         https://doi.org/10.1137/0330046
 
     >>> ema(0.99)
-    Callback(name='ema', hooks=on_batch_end)
+    Callback(name='ema', hooks=on_before_apply, on_batch_end)
     >>> ema(evaluate=True)
-    Callback(name='ema', hooks=on_batch_end, on_evaluate_begin, on_evaluate_end)
+    Callback(name='ema', hooks=on_before_apply, on_batch_end, on_evaluate_begin, on_evaluate_end)
     """
-    check_fraction("ema", "decay", decay)
+    check_fraction("ema", "decay", number(decay))
     changing = isinstance(decay, Hyperparam)
 
     def init(state: Any) -> Any:
         numbers = {"hyperparams": {"decay": jnp.float32(number(decay))}} if changing else {}
-        return {"average": state.params, **numbers}
+        return {"average": state.params, "updated": jnp.bool_(False), **numbers, **_swapped(name, evaluate, state)}
+
+    # Not every batch brings an update: windows of accumulation are open, and batches are skipped.
+    def on_before_apply(batch_idx: Any, trainer: Any, state: Any, updates: Any, logs: Any) -> Any:
+        del batch_idx, trainer
+        memory = {**state.callback_states[name], "updated": jnp.bool_(True)}
+        return state.with_callback_state(name, memory), updates, logs
 
     def on_batch_end(batch_idx: Any, trainer: Any, state: Any, logs: Any) -> Any:
         del batch_idx, trainer
         memory = state.callback_states[name]
         share = 1 - (memory["hyperparams"]["decay"] if changing else number(decay))
-        average = optax.incremental_update(state.params, memory["average"], share)
-        if state.accumulator is not None:  # between the batches of a window nothing is updated
-            average = _chosen(state.window_open, memory["average"], average)
-        return state.with_callback_state(name, {**memory, "average": average}), logs
+        average = _chosen(memory["updated"], _moved(memory["average"], state.params, share), memory["average"])
+        memory = {**memory, "average": average, "updated": jnp.bool_(False)}
+        return state.with_callback_state(name, memory), logs
 
-    return Callback(name=name, init=init, traced=True, on_batch_end=on_batch_end, **_swaps(name, evaluate))
+    hooks = {"on_before_apply": on_before_apply, "on_batch_end": on_batch_end, **_swaps(name, evaluate)}
+    return Callback(name=name, init=init, traced=True, **hooks)
 
 
 def swa(start_epoch: int, *, evaluate: bool = False, name: str = "swa") -> Callback:
@@ -75,13 +83,14 @@ def swa(start_epoch: int, *, evaluate: bool = False, name: str = "swa") -> Callb
         evaluate: whether evaluations see the average of the epochs before, as soon as there is one, in the place of
             the parameters. Only one callback of a trainer may.
         name: of the callback. Its memory is ``{"average": like the parameters, "count": int32 scalar}``: the average,
-            which is the initial parameters as long as there is none, and how many epochs are in it.
+            which is the initial parameters as long as there is none, and how many epochs are in it; with ``evaluate``
+            also ``{"swapped": bool scalar}``, whether they have changed places for an evaluation.
 
     Returns:
         A callback that keeps an average.
 
     Raises:
-        ValueError: ``start_epoch`` is negative.
+        ValueError: ``start_epoch`` is negative; or, in ``Trainer.init``, another callback has ``evaluate``, too.
 
     References:
         Izmailov et al., Averaging weights leads to wider optima and better generalization, 2018,
@@ -93,7 +102,7 @@ def swa(start_epoch: int, *, evaluate: bool = False, name: str = "swa") -> Callb
     check_count("swa", "start_epoch", start_epoch, least=0)
 
     def init(state: Any) -> Any:
-        return {"average": state.params, "count": jnp.int32(0)}
+        return {"average": state.params, "count": jnp.int32(0), **_swapped(name, evaluate, state)}
 
     def on_epoch_end(epoch: Any, trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
@@ -101,9 +110,8 @@ def swa(start_epoch: int, *, evaluate: bool = False, name: str = "swa") -> Callb
         counts = epoch >= start_epoch
         count = memory["count"] + counts.astype(jnp.int32)
         share = 1 / jnp.maximum(count, 1).astype(jnp.float32)
-        updated = optax.incremental_update(state.params, memory["average"], share)
-        average = _chosen(counts, updated, memory["average"])
-        return state.with_callback_state(name, {"average": average, "count": count}), logs
+        average = _chosen(counts, _moved(memory["average"], state.params, share), memory["average"])
+        return state.with_callback_state(name, {**memory, "average": average, "count": count}), logs
 
     return Callback(name=name, init=init, traced=True, on_epoch_end=on_epoch_end, **_swaps(name, evaluate))
 
@@ -118,9 +126,31 @@ def _swaps(name: str, evaluate: bool) -> dict[str, Any]:
         if "count" in memory:  # as long as nothing has been averaged, there is nothing to evaluate
             there = memory["count"] > 0
             params, average = _chosen(there, params, average), _chosen(there, average, params)
-        return state.replace(params=average).with_callback_state(name, {**memory, "average": params}), logs
+        memory = {**memory, "average": params, "swapped": ~memory["swapped"]}
+        return state.replace(params=average).with_callback_state(name, memory), logs
 
     return {"on_evaluate_begin": swap, "on_evaluate_end": swap} if evaluate else {}
+
+
+def _swapped(name: str, evaluate: bool, state: Any) -> dict[str, Any]:
+    """What the memory of a callback with ``evaluate`` has; refuse a second such one, which would mix up the weights."""
+    if not evaluate:
+        return {}
+
+    def swaps(memory: Any) -> bool:
+        return isinstance(memory, dict) and memory.keys() >= {"average", "swapped"}
+
+    for other, memory in state.callback_states.items():
+        if any(map(swaps, jax.tree.leaves(memory, is_leaf=swaps))):
+            raise ValueError(f"{name}: only one callback of a trainer may have evaluate=True, and {other!r} has it")
+    return {"swapped": jnp.bool_(False)}
+
+
+def _moved(average: Any, params: Any, share: Any) -> Any:
+    """The average, moved by a share of the way to the parameters; computed in float32 at least, whatever its dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        moved = optax.incremental_update(params, average, jnp.float32(share))
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, average)
 
 
 def _chosen(condition: Any, yes: Any, no: Any) -> Any:

@@ -1,28 +1,167 @@
-"""Averages of the weights."""
+"""Averages of the weights: what they are, and what evaluation makes of them."""
+
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import batches, trainer
+from problems import assert_bit_equal, batches, host, trainer
 
 import ant_jax as ant
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_ema_averages_after_every_update(accumulate):
-    a_trainer = trainer(ant.callbacks.ema(0.8), gradient_accumulation_steps=accumulate)
+library = ant.callbacks
+
+
+def test_ema_averages_after_every_update():
+    a_trainer = trainer(library.ema(0.8))
     start = a_trainer.init(batches()[0])
     state, average = start, start.params
-    for i, batch in enumerate(batches(6)):
+    for batch in batches(4):
         state, _ = a_trainer.train_step(state, batch)
-        if (i + 1) % accumulate == 0:
+        average = jax.tree.map(lambda old, new: 0.8 * old + 0.2 * new, average, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), _average(state), average)
+    fitted, _ = a_trainer.fit(start, batches(4), 1)
+    assert_bit_equal(fitted, state, "callback_states")
+
+
+def _average(state: ant.TrainState, name: str = "ema") -> Any:
+    return state.callback_states[name]["average"]
+
+
+def skipping(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+    """Skip the batches whose inputs are far too large."""
+    return state.skip_batch(when=logs["loss"] > 50), grads, logs
+
+
+def test_ema_averages_updates_and_not_batches():
+    """With accumulation, and where batches are skipped, also whole windows of them."""
+    a_trainer = trainer(library.ema(0.8), host("skip", on_backward_end=skipping), gradient_accumulation_steps=2)
+    loader = batches(7)
+    for i in (1, 2, 3):  # the second batch of the first window, and the whole second one
+        loader[i] = (1000 * loader[i][0], loader[i][1])
+    start = a_trainer.init(loader[0])
+    state, average = start, start.params
+    for i, batch in enumerate(loader[:6]):
+        before = state
+        state, logs = a_trainer.train_step(state, batch)
+        assert float(logs["step_skipped"]) == (i in (1, 2, 3))
+        if i in (1, 5):  # an update
+            assert np.any(state.params["kernel"] != before.params["kernel"])
             average = jax.tree.map(lambda old, new: 0.8 * old + 0.2 * new, average, state.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state.callback_states["ema"], average)
-    fitted, _ = a_trainer.fit(start, batches(6), 1)
-    jax.tree.map(np.testing.assert_array_equal, fitted.callback_states, state.callback_states)
+        else:
+            assert_bit_equal(state, before, "params", "callback_states")
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), _average(state), average)
+    assert not state.callback_states["ema"]["updated"]
+    # The last window of an epoch has one batch; and a run that goes on in the middle is the same run.
+    whole, _ = a_trainer.fit(start, loader, 2)
+    cut, _ = a_trainer.fit(start, loader, 1)
+    cut, _ = a_trainer.fit(cut, loader, 2)
+    assert_bit_equal(cut, whole)
+    assert np.any(_average(whole)["kernel"] != whole.params["kernel"])
 
 
-@pytest.mark.parametrize("decay", [0, 1, -0.5, 2])
-def test_refuses(decay):
-    with pytest.raises(ValueError, match=f"ema: decay must be between 0 and 1, got {decay}"):
-        ant.callbacks.ema(decay)
+def test_a_step_that_overflows_is_no_update():
+    a_trainer = trainer(library.ema(0.5), precision="float16")
+    start = a_trainer.init(batches()[0])
+    state, logs = a_trainer.train_step(start, (1e4 * batches()[0][0], batches()[0][1]))
+    assert logs["step_skipped"] == 1
+    assert_bit_equal(state, start, "params", "callback_states")
+
+
+@pytest.fixture(scope="module", params=["ema", "swa", "both"])
+def evaluating(request) -> tuple[ant.Trainer, str, int]:
+    """A trainer that evaluates an average, the average's name, and the first epoch whose end is evaluated with it."""
+    callbacks = {
+        "ema": [library.ema(0.7, evaluate=True)],
+        "swa": [library.swa(1, evaluate=True)],
+        "both": [library.ema(0.7), library.swa(0, evaluate=True)],
+    }[request.param]
+    name, first = {"ema": ("ema", 0), "swa": ("swa", 2), "both": ("swa", 1)}[request.param]
+    return trainer(*callbacks, fuse=False), name, first
+
+
+def test_evaluation_is_of_the_average_and_training_of_the_parameters(evaluating, compilations):
+    a_trainer, name, first = evaluating
+    loader, val_loader = batches(2), batches(2, seed=1)
+    start = a_trainer.init(loader[0])
+    bare = trainer(fuse=False)
+    state, plain = start, bare.init(loader[0])
+    expected: list[Any] = []
+    for epoch in range(4):
+        before = _average(state, name)  # SWA has those of the epochs before
+        state, _ = a_trainer.fit(state, loader, epoch + 1, val_loader)
+        plain, _ = bare.fit(plain, loader, epoch + 1)
+        average = (before if epoch >= first else plain.params) if name == "swa" else _average(state, name)
+        expected.append(bare.evaluate(plain.replace(params=average), val_loader)["val_loss"])
+        assert_bit_equal(state, plain, "params", "opt_state")  # to the bit as without
+        assert not state.callback_states[name]["swapped"]
+    np.testing.assert_allclose(state.history.to_dict()["val_loss"], expected, rtol=1e-6)
+    raw = bare.evaluate(plain, val_loader)["val_loss"]
+    assert abs(raw - expected[-1]) > 1e-4
+    # By hand it is the average, too: for SWA the one that this epoch's end is part of.
+    by_hand = bare.evaluate(plain.replace(params=_average(state, name)), val_loader)
+    np.testing.assert_allclose(a_trainer.evaluate(state, val_loader)["val_loss"], by_hand["val_loss"], rtol=1e-6)
+    assert_bit_equal(a_trainer.fit(start, loader, 4, val_loader)[0], state)  # in one run and in four
+
+
+def test_swa_is_the_mean_of_the_ends_of_epochs():
+    ends: list[Any] = []
+
+    def keep(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        ends.append(jax.tree.map(np.asarray, state.params))
+        return state, logs
+
+    # Windows of three do not fit into epochs of four batches: the last one is cut short.
+    a_trainer = trainer(library.swa(2), host(on_epoch_end=keep), gradient_accumulation_steps=3)
+    start = a_trainer.init(batches()[0])
+    state = start
+    for epochs in (1, 2, 3, 6):
+        state, _ = a_trainer.fit(state, batches(4), epochs)
+        memory = state.callback_states["swa"]
+        assert int(memory["count"]) == max(0, epochs - 2)
+        counted = ends[2:epochs] or [start.params]
+        for name, leaf in memory["average"].items():
+            mean = np.mean([end[name] for end in counted], axis=0)
+            np.testing.assert_allclose(leaf, mean, rtol=1e-5, atol=1e-7)
+    assert_bit_equal(a_trainer.fit(start, batches(4), 6)[0], state)
+
+
+def test_averages_keep_the_dtype_of_low_precision_parameters():
+    a_trainer = trainer(
+        library.ema(0.5), library.ema(ant.Hyperparam(0.5), name="changing"), library.swa(0), precision="bfloat16"
+    )
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), a_trainer.init(batches()[0]).params)
+    state, _ = a_trainer.fit(a_trainer.init(batches()[0], params=params), batches(2), 2)
+    for name in ("ema", "changing", "swa"):
+        assert {leaf.dtype for leaf in jax.tree.leaves(_average(state, name))} == {jnp.dtype(jnp.bfloat16)}
+    jax.tree.map(np.testing.assert_array_equal, _average(state), _average(state, "changing"))
+
+
+def test_only_one_average_is_evaluated():
+    two = [library.ema(evaluate=True), library.swa(0, evaluate=True)]
+    for callbacks in (two, [library.chain(two[0]), two[1]], [library.chain(*two)]):
+        with pytest.raises(
+            ValueError, match="swa: only one callback of a trainer may have evaluate=True, and '(ema|chain)' has"
+        ):
+            trainer(*callbacks).init(batches()[0])
+    trainer(library.ema(evaluate=True), library.swa(0)).init(batches()[0])
+
+
+NUMBERS: list[Any] = [float("nan"), float("inf"), True, "0.5", None, [0.5]]
+
+
+@pytest.mark.parametrize("decay", [0, 1, -0.5, 2, *NUMBERS])
+def test_ema_refuses(decay):
+    for given in (decay, ant.Hyperparam(decay)):
+        with pytest.raises(ValueError) as caught:
+            library.ema(given)
+        assert str(caught.value) == f"ema: decay must be a number between 0 and 1, got {decay!r}"
+
+
+@pytest.mark.parametrize("start_epoch", [-1, 1.0, *NUMBERS])
+def test_swa_refuses(start_epoch):
+    with pytest.raises(ValueError) as caught:
+        library.swa(start_epoch)
+    assert str(caught.value) == f"swa: start_epoch must be a whole number, at least 0, got {start_epoch!r}"

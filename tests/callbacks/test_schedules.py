@@ -1,0 +1,364 @@
+"""Hyper-parameters that change while training: schedules and plateaus, against torch's and Python's own arithmetic."""
+
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from problems import batches, host, standard_promotion, trainer
+
+import ant_jax as ant
+
+
+SCHEDULERS = torch.optim.lr_scheduler
+LEARNING_RATE = 0.5
+SEQUENCES = 200
+
+
+def injected_sgd(learning_rate: float = LEARNING_RATE) -> optax.GradientTransformation:
+    return standard_promotion(optax.inject_hyperparams(optax.sgd)(learning_rate=learning_rate))
+
+
+def initial_state(*callbacks: ant.Callback) -> ant.TrainState:
+    return trainer(*callbacks, optimizer=injected_sgd()).init(batches()[0])
+
+
+START = initial_state()
+
+
+def with_memory(callback: ant.Callback) -> ant.TrainState:
+    """The state of a run that begins, as a traced hook is given it: to call the hook by hand, with nothing compiled."""
+    memory = callback.init(START)
+    return START.replace(host=None, callback_states={} if memory is None else {callback.name: memory})
+
+
+def torch_rates(make: Callable[[Any], Any], count: int, learning_rate: float = LEARNING_RATE) -> list[float]:
+    """The learning rates of the first updates with a scheduler of torch."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
+    scheduler, rates = make(optimizer), []
+    for _ in range(count):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+# --- plateaus
+
+
+def random_plateau(rng: random.Random) -> tuple[dict[str, Any], list[float]]:
+    """Arguments that the two share, and what they monitor; the values are float32 numbers."""
+    options = {
+        "mode": rng.choice(["min", "max"]),
+        "factor": rng.choice([0.1, 0.5, 0.9, rng.uniform(0.05, 0.95)]),
+        "patience": rng.choice([0, 0, 1, 2, 4]),
+        "threshold": rng.choice([0.0, 1e-4, 0.05, rng.uniform(0, 0.5)]),
+        "threshold_mode": rng.choice(["rel", "abs"]),
+        "cooldown": rng.choice([0, 0, 1, 3]),
+        "eps": rng.choice([0.0, 1e-8, 0.03]),
+    }
+    levels = [rng.uniform(-1, 3) for _ in range(5)]  # so that values come again
+    fall = rng.choice([0.0, 0.1, -0.1])
+    values = [rng.choice([rng.choice(levels), rng.gauss(1 - fall * epoch, 0.3)]) for epoch in range(20)]
+    for epoch in range(len(values)):
+        if rng.random() < 0.04:
+            values[epoch] = rng.choice([float("nan"), float("inf"), -float("inf")])
+    return options, [float(np.float32(value)) for value in values]
+
+
+def test_plateaus_are_torchs():
+    rng, reductions, floors = random.Random(0), 0, 0
+    for sequence in range(SEQUENCES):
+        options, values = random_plateau(rng)
+        floor = rng.choice([0.0, 0.0, 0.02, 0.2])
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LEARNING_RATE)
+        scheduler = SCHEDULERS.ReduceLROnPlateau(optimizer, min_lr=floor, **options)
+        expected = []
+        for value in values:
+            scheduler.step(value)
+            expected.append(optimizer.param_groups[0]["lr"])
+        callback: Any = ant.callbacks.reduce_on_plateau("value", min_value=floor, **options)
+        state, actual = with_memory(callback), []
+        for epoch, value in enumerate(values):
+            state, logs = callback.on_epoch_end(epoch, None, state, {"value": np.float32(value)})
+            assert logs["learning_rate"] is state.hyperparams["learning_rate"]
+            actual.append(float(logs["learning_rate"]))
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, err_msg=f"{sequence}: {options}, {floor}, {values}")
+        memory = state.callback_states[callback.name]
+        assert float(memory["best"]) == scheduler.best
+        assert [int(memory["wait"]), int(memory["cooldown"])] == [scheduler.num_bad_epochs, scheduler.cooldown_counter]
+        reductions += len(set(expected)) - 1
+        floors += expected[-1] == floor
+    assert reductions > SEQUENCES and floors > SEQUENCES / 10  # the sequences are not idle
+
+
+def test_a_plateau_in_a_run_goes_on_where_it_was_and_compiles_nothing_again(compilations):
+    values = [3.0, 2.0, 2.5, 2.5, 2.5, float("nan"), 2.5, 1.0]
+
+    def publish(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        return state, {**logs, "value": np.float32(values[epoch])}
+
+    a_trainer = trainer(
+        host("publish", on_epoch_end=publish),
+        ant.callbacks.reduce_on_plateau("value", factor=0.5, patience=1),
+        optimizer=injected_sgd(),
+    )
+    start = a_trainer.init(batches()[0])
+    whole, history = a_trainer.fit(start, batches(2), len(values))
+    rates = [logs["learning_rate"] for logs in history]
+    assert rates == [0.5, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.125]
+    compilations.reset()
+    state = start
+    for epochs in (3, 5, len(values)):
+        state, history = a_trainer.fit(state, batches(2), epochs)
+    assert compilations.count == 0
+    assert [logs["learning_rate"] for logs in history] == rates
+    assert float(state.callback_states["reduce_on_plateau"]["best"]) == 1
+    np.testing.assert_array_equal(state.params["kernel"], whole.params["kernel"])
+
+
+def test_a_plateau_of_an_unknown_log_names_those_there_are():
+    a_trainer = trainer(ant.callbacks.reduce_on_plateau("val_los"), optimizer=injected_sgd())
+    with pytest.raises(KeyError, match="there is no log named 'val_los'; the logs here are: train_loss"):
+        a_trainer.fit(a_trainer.init(batches()[0]), batches(1), 1)
+
+
+# --- schedules
+
+
+def constant(rng: random.Random) -> Any:
+    factor = rng.uniform(0.1, 1)
+    return (
+        lambda optimizer: SCHEDULERS.ConstantLR(optimizer, factor=factor, total_iters=7),
+        optax.piecewise_constant_schedule(factor * LEARNING_RATE, {7: 1 / factor}),
+    )
+
+
+def of_a_function(rng: random.Random) -> Any:
+    decay = rng.uniform(0, 1)
+    return (
+        lambda optimizer: SCHEDULERS.LambdaLR(optimizer, lambda count: 1 / (1 + decay * count)),
+        lambda count: LEARNING_RATE / (1 + decay * count),
+    )
+
+
+def steps(rng: random.Random) -> Any:
+    size, gamma = rng.randint(1, 9), rng.uniform(0.1, 0.99)
+    return (
+        lambda optimizer: SCHEDULERS.StepLR(optimizer, size, gamma),
+        optax.exponential_decay(LEARNING_RATE, size, gamma, staircase=True),
+    )
+
+
+def milestones(rng: random.Random) -> Any:
+    places, gamma = sorted(rng.sample(range(1, 20), 3)), rng.uniform(0.1, 0.99)
+    return (
+        lambda optimizer: SCHEDULERS.MultiStepLR(optimizer, places, gamma),
+        optax.piecewise_constant_schedule(LEARNING_RATE, dict.fromkeys(places, gamma)),
+    )
+
+
+def exponential(rng: random.Random) -> Any:
+    gamma = rng.uniform(0.5, 0.99)
+    return (
+        lambda optimizer: SCHEDULERS.ExponentialLR(optimizer, gamma),
+        optax.exponential_decay(LEARNING_RATE, 1, gamma),
+    )
+
+
+def cosine(rng: random.Random) -> Any:
+    floor = rng.uniform(0, 0.1)
+    return (
+        lambda optimizer: SCHEDULERS.CosineAnnealingLR(optimizer, COUNT, floor),
+        optax.cosine_decay_schedule(LEARNING_RATE, COUNT, floor / LEARNING_RATE),
+    )
+
+
+def linear(rng: random.Random) -> Any:
+    first, last, length = rng.uniform(0.1, 1), rng.uniform(0, 1), rng.randint(1, 25)
+    return (
+        lambda optimizer: SCHEDULERS.LinearLR(optimizer, first, last, length),
+        optax.linear_schedule(first * LEARNING_RATE, last * LEARNING_RATE, length),
+    )
+
+
+def polynomial(rng: random.Random) -> Any:
+    power, length = rng.uniform(0.5, 3), rng.randint(1, 25)
+    return (
+        lambda optimizer: SCHEDULERS.PolynomialLR(optimizer, length, power),
+        optax.polynomial_schedule(LEARNING_RATE, 0.0, power, length),
+    )
+
+
+def one_cycle(rng: random.Random) -> Any:
+    """torch counts the updates of the cycle and optax the steps between them; the peak must be at one of them."""
+    peak = rng.randint(2, COUNT - 3)
+    start, end = rng.uniform(5, 30), rng.uniform(10, 1e4)
+    return (
+        lambda optimizer: SCHEDULERS.OneCycleLR(
+            optimizer, LEARNING_RATE, COUNT, pct_start=(peak + 1) / COUNT, div_factor=start, final_div_factor=end
+        ),
+        optax.cosine_onecycle_schedule(COUNT - 1, LEARNING_RATE, (peak + 0.5) / (COUNT - 1), start, end),
+    )
+
+
+COUNT = 20
+KINDS = [constant, of_a_function, steps, milestones, exponential, cosine, linear, polynomial, one_cycle]
+
+
+@pytest.mark.parametrize("per", ["step", "epoch"])
+def test_schedules_are_torchs(per):
+    rng = random.Random(1)
+    for sequence, kind in zip(range(SEQUENCES // 2), itertools.cycle(KINDS), strict=False):
+        make, schedule = kind(rng)
+        expected = torch_rates(make, COUNT)
+        callback: Any = ant.callbacks.learning_rate_schedule(schedule, per=per)
+        state, actual = with_memory(callback), []
+        for count in range(COUNT):
+            if per == "step":
+                state, _, _ = callback.on_before_update(count, None, state, None, {})
+            else:
+                state, _ = callback.on_epoch_begin(count, None, state, {})
+            actual.append(float(state.hyperparams["learning_rate"]))
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7, err_msg=f"{sequence}: {kind.__name__}")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_per_step_updates_use_the_scheduled_rate_and_it_is_logged(accumulate, compilations):
+    seen: list[Any] = []
+
+    def look(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        seen.extend(logs.window["learning_rate"].tolist())
+        return state, logs
+
+    def schedule(count: Any) -> Any:
+        return 0.1 * (1 + jnp.asarray(count, jnp.float32))
+
+    a_trainer = trainer(
+        ant.callbacks.learning_rate_schedule(schedule),
+        host(every=100, on_batch_end=look),
+        optimizer=injected_sgd(),
+        gradient_accumulation_steps=accumulate,
+    )
+    start = a_trainer.init(batches()[0])
+    state, history = a_trainer.fit(start, batches(4), 2)
+    of_updates = [0.1 * (1 + update) for update in range(8 // accumulate)]
+    logged = np.repeat(of_updates, 2)[:-1] if accumulate == 2 else of_updates
+    if accumulate == 2:  # what an update used is logged until the next one; before the first, what there was
+        logged = [LEARNING_RATE, *logged]
+    np.testing.assert_allclose(seen, logged, rtol=1e-6)
+    np.testing.assert_allclose(history[1]["train_learning_rate"], np.mean(logged[4:]), rtol=1e-6)
+    assert int(state.callback_states["learning_rate_schedule"]["count"]) == 8 // accumulate
+
+    compilations.reset()
+    cut, _ = a_trainer.fit(start, batches(4), 1)
+    cut, _ = a_trainer.fit(cut, batches(4), 2)
+    assert compilations.count == 0
+    np.testing.assert_array_equal(cut.params["kernel"], state.params["kernel"])
+
+    by_hand = trainer(optimizer=standard_promotion(optax.sgd(schedule)), gradient_accumulation_steps=accumulate)
+    expected, _ = by_hand.fit(by_hand.init(batches()[0]), batches(4), 2)
+    np.testing.assert_array_equal(state.params["kernel"], expected.params["kernel"])
+
+
+def test_per_epoch_any_python_function_will_do_and_nothing_is_compiled_again(compilations):
+    rates = {0: 0.5, 1: 0.25, 2: 0.125, 3: 0.0}
+    callbacks = [
+        ant.callbacks.learning_rate_schedule(rates.__getitem__, per="epoch"),
+        ant.callbacks.log_hyperparams(),
+    ]
+    a_trainer = trainer(*callbacks, optimizer=injected_sgd(0.9))
+    state, _ = a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 1)
+    compilations.reset()
+    before = []
+    for epoch in (1, 2, 3):
+        before.append(np.asarray(state.params["kernel"]))
+        state, history = a_trainer.fit(state, batches(2), epoch + 1)
+    assert compilations.count == 0
+    assert history.to_dict()["learning_rate"] == history.to_dict()["train_learning_rate"] == list(rates.values())
+    assert np.any(before[2] != before[1])
+    np.testing.assert_array_equal(state.params["kernel"], before[2])  # with a rate of 0
+
+
+def test_another_hyperparameter_may_be_scheduled_also_a_callbacks():
+    a_trainer = trainer(
+        ant.callbacks.clip_by_global_norm(ant.Hyperparam(1.0)),
+        ant.callbacks.learning_rate_schedule(
+            lambda epoch: 2.0**-epoch, per="epoch", hyperparam="max_norm", name="clip"
+        ),
+        ant.callbacks.learning_rate_schedule(lambda update: 0.25, hyperparam="learning_rate"),
+        ant.callbacks.log_hyperparams("max_norm", "learning_rate", name="some"),
+        optimizer=injected_sgd(),
+    )
+    _, history = a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 3)
+    assert history.to_dict()["max_norm"] == history.to_dict()["train_max_norm"] == [1.0, 0.5, 0.25]
+    assert history.to_dict()["train_learning_rate"] == [0.25] * 3
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        ant.callbacks.learning_rate_schedule(lambda count: 0.1),
+        ant.callbacks.learning_rate_schedule(lambda count: 0.1, per="epoch"),
+        ant.callbacks.reduce_on_plateau("train_loss"),
+    ],
+    ids=["per step", "per epoch", "plateau"],
+)
+def test_an_optimizer_that_was_not_made_for_it_is_refused_at_once(callback):
+    line = r"has no hyper-parameter 'learning_rate' .*optax.inject_hyperparams\(optax.adam\)\(learning_rate=0.001\)"
+    with pytest.raises(ant.HyperparamError, match=line) as caught:
+        trainer(callback).init(batches()[0])
+    assert f"in init of callback {callback.name!r}" in caught.value.__notes__
+    scheduled = optax.inject_hyperparams(optax.sgd)(learning_rate=optax.constant_schedule(0.1))
+    with pytest.raises(ant.HyperparamError, match="'learning_rate' follows a schedule"):
+        trainer(callback, optimizer=scheduled).init(batches()[0])
+    whole = optax.inject_hyperparams(optax.sgd)(learning_rate=1)
+    with pytest.raises(ant.HyperparamError, match="'learning_rate' is a whole number, .* write it with a point"):
+        trainer(callback, optimizer=whole).init(batches()[0])
+
+
+def test_logging_an_unknown_hyperparameter_raises_at_the_first_batch():
+    a_trainer = trainer(ant.callbacks.log_hyperparams("momentum"), optimizer=injected_sgd())
+    with pytest.raises(ant.HyperparamError, match=r"no hyper-parameter 'momentum' \(there are: learning_rate\)"):
+        a_trainer.fit(a_trainer.init(batches()[0]), batches(1), 1)
+
+
+NUMBERS = [float("nan"), float("inf"), True, "1", None, [0.1], ant.Hyperparam(0.1)]
+
+
+@pytest.mark.parametrize(
+    ("argument", "values", "allowed"),
+    [
+        ("factor", [0, 1, 1.5, -0.1, *NUMBERS], "a number between 0 and 1"),
+        ("patience", [-1, 1.0, True, "1", None, float("nan")], "a whole number of epochs, at least 0"),
+        ("cooldown", [-1, 0.5, True, "1", None], "a whole number of epochs, at least 0"),
+        ("mode", ["auto", None, 1, True], "'min' or 'max'"),
+        ("threshold", [-1e-4, *NUMBERS], "a finite number from 0 on"),
+        ("threshold_mode", ["relative", None], "'rel' or 'abs'"),
+        ("min_value", [-1.0, *NUMBERS], "a finite number from 0 on"),
+        ("eps", [-1.0, *NUMBERS], "a finite number from 0 on"),
+        ("monitor", [3, None, ""], "a name"),
+        ("hyperparam", [3, None, ""], "a name"),
+    ],
+)
+def test_plateaus_refuse(argument, values, allowed):
+    for value in values:
+        with pytest.raises(ValueError) as caught:
+            ant.callbacks.reduce_on_plateau(**{argument: value})
+        assert str(caught.value) == f"reduce_on_plateau: {argument} must be {allowed}, got {value!r}"
+
+
+def test_schedules_refuse():
+    factory: Any = ant.callbacks.learning_rate_schedule
+    for bad in (0.1, None, "cosine"):
+        with pytest.raises(TypeError, match=f"schedule must be a function of a count, got {bad!r}"):
+            factory(bad)
+    with pytest.raises(ValueError, match="per must be 'step' or 'epoch', got 'batch'"):
+        factory(lambda count: 0.1, per="batch")
+    with pytest.raises(ValueError, match="hyperparam must be a name, got 1"):
+        factory(lambda count: 0.1, hyperparam=1)
