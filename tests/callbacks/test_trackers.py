@@ -82,8 +82,10 @@ def records_in(data: bytes) -> Iterator[bytes]:
 
 def wandb_rows(directory: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of all offline runs, in their order."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # its own process may still be writing when a run has finished
     rows: list[dict[str, Any]] = []
     for file in sorted(directory.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
         for data in records_in(file.read_bytes()):
