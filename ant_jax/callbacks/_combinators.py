@@ -128,7 +128,7 @@ def chain(*callbacks: Callback, name: str = "chain") -> Callback:
     if not members:
         raise ValueError("chain: give it callbacks")
     # The hooks of gradients and updates run at the same place whatever their callback says.
-    placed = [member for member in members if not set(STEP_HOOKS) >= hooks_of(member).keys()] or list(members)
+    placed = [member for member in members if not set(STEP_HOOKS) >= hooks_of(member).keys()] or members[:1]
     if len({(member.traced, member.every) for member in placed}) > 1:
         kinds = ", ".join(f"{member.name!r}: traced={member.traced}, every={member.every}" for member in placed)
         raise ValueError(f"chain: callbacks of one chain run at the same places and as often; got {kinds}")
@@ -145,7 +145,8 @@ def chain(*callbacks: Callback, name: str = "chain") -> Callback:
         def hook(*arguments: Any) -> Any:
             place = len(arguments) - len(HOOKS[hook_name].values)
             lead, (state, *rest) = arguments[:place], arguments[place:]
-            others, memories = state.callback_states, state.callback_states.get(name) or {}
+            memories = state.callback_states.get(name) or {}
+            others = {owner: memory for owner, memory in state.callback_states.items() if owner != name}
             given = (state.replace(callback_states={**others, **memories}), *rest)
             for member in members:
                 function = hooks_of(member).get(hook_name)

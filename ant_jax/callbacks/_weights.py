@@ -122,11 +122,11 @@ def _swaps(name: str, evaluate: bool) -> dict[str, Any]:
     def swap(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
         memory = state.callback_states[name]
-        params, average = state.params, memory["average"]
+        params, average, swapped = state.params, memory["average"], ~memory["swapped"]
         if "count" in memory:  # as long as nothing has been averaged, there is nothing to evaluate
             there = memory["count"] > 0
-            params, average = _chosen(there, params, average), _chosen(there, average, params)
-        memory = {**memory, "average": params, "swapped": ~memory["swapped"]}
+            params, average, swapped = _chosen(there, params, average), _chosen(there, average, params), swapped & there
+        memory = {**memory, "average": params, "swapped": swapped}
         return state.replace(params=average).with_callback_state(name, memory), logs
 
     return {"on_evaluate_begin": swap, "on_evaluate_end": swap} if evaluate else {}
