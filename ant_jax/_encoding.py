@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import math
+import struct
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +15,8 @@ import numpy as np
 from ant_jax._trees import describe
 
 
-_PLAIN = (type(None), bool, int, float, str)
+# Beyond this, readers of JSON other than Python's round, and Python's own refuses very long numbers.
+_INT_LIMIT = 2**63
 
 
 def encoded(value: Any, where: str) -> Any:
@@ -26,21 +30,32 @@ def encoded(value: Any, where: str) -> Any:
         TypeError: it holds something else; the message says where.
 
     >>> decoded(encoded({"best": float("inf"), 3: (1, np.float32(0.5))}, "a memory"))
-    {'best': inf, 3: (1, array(0.5, dtype=float32))}
+    {'best': inf, 3: (1, np.float32(0.5))}
     """
-    if type(value) in _PLAIN:
+    if value is None or type(value) in (bool, str):
         return value
+    if type(value) is int:
+        return value if abs(value) < _INT_LIMIT else {"int": hex(value)}
+    if type(value) is float:  # JSON has no infinities and no NaN, which has bits of its own
+        return value if math.isfinite(value) else {"float": struct.pack(">d", value).hex()}
     if type(value) is list:
         return [encoded(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if type(value) is tuple:
         return {"tuple": [encoded(item, f"{where}[{i}]") for i, item in enumerate(value)]}
     if type(value) is dict:
-        return {"dict": [[encoded(key, where), encoded(item, f"{where}[{key!r}]")] for key, item in value.items()]}
-    if isinstance(value, jax.Array | np.ndarray | np.generic) and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        items = value.items()
+        return {
+            "dict": [[encoded(key, f"a key of {where}"), encoded(item, f"{where}[{key!r}]")] for key, item in items]
+        }
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return {"key": encoded(np.asarray(jax.random.key_data(value)), where), "impl": str(jax.random.key_impl(value))}
+    if isinstance(value, jax.Array | np.generic) or type(value) is np.ndarray:  # a subclass may hold more than numbers
         array = np.asarray(value)
-        data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
-        kind = "device" if isinstance(value, jax.Array) else "array"
-        return {kind: data, "dtype": array.dtype.name, "shape": list(array.shape)}
+        dtype = _name_of(array.dtype)
+        if dtype is not None:
+            data = base64.b64encode(array.tobytes()).decode()
+            kind = "device" if isinstance(value, jax.Array) else "array" if type(value) is np.ndarray else "scalar"
+            return {kind: data, "dtype": dtype, "shape": list(array.shape)}
     raise TypeError(
         f"{where} is {describe(value)}, which cannot be saved; what a host callback remembers must be None, bool, int, "
         f"float, str, a list, tuple or dict of such, or an array"
@@ -53,37 +68,61 @@ def decoded(value: Any) -> Any:
         return [decoded(item) for item in value]
     if type(value) is not dict:
         return value
-    if "tuple" in value:
-        return tuple(decoded(item) for item in value["tuple"])
-    if "dict" in value:
-        return {decoded(key): decoded(item) for key, item in value["dict"]}
-    data = value["device"] if "device" in value else value["array"]
+    match value:
+        case {"int": digits}:
+            return int(digits, 16)
+        case {"float": bits}:
+            return struct.unpack(">d", bytes.fromhex(bits))[0]
+        case {"tuple": items}:
+            return tuple(decoded(item) for item in items)
+        case {"dict": items}:
+            return {decoded(key): decoded(item) for key, item in items}
+        case {"key": data, "impl": impl}:
+            return jax.random.wrap_key_data(jnp.asarray(decoded(data)), impl=impl)
+    ((kind, data),) = [(kind, value[kind]) for kind in ("device", "array", "scalar") if kind in value]
     array = np.frombuffer(base64.b64decode(data), jnp.dtype(value["dtype"])).reshape(value["shape"])
-    return jnp.asarray(array) if "device" in value else array.copy()
+    return jnp.asarray(array) if kind == "device" else array.copy() if kind == "array" else array[()]
+
+
+def _name_of(dtype: np.dtype) -> str | None:
+    """A name that gives back this very dtype; ``None`` when its bytes alone do not hold the values."""
+    for name in () if dtype.hasobject else (dtype.name, dtype.str):
+        try:
+            if jnp.dtype(name) == dtype:  # not so for the name of big-endian numbers, which numpy gives no other
+                return name
+        except TypeError:  # the name of strings, for one, is none that numpy reads
+            continue
+    return None
 
 
 def structure_of(tree: Any) -> Any:
     """Describe the containers of a tree, when they are Python's own; ``None`` when there are others.
 
-    >>> rebuilt(structure_of({"a": (1, [2])}), iter("xy"))
+    >>> rebuilt(structure_of({"a": (1, [2])}), {("a", "0"): "x", ("a", "1", "0"): "y"})
     {'a': ('x', ['y'])}
     """
+    if tree is None:
+        return {"none": True}
     if type(tree) is dict:
-        parts = {key: structure_of(tree[key]) for key in sorted(tree)} if all(type(k) is str for k in tree) else None
-        return None if parts is None or None in parts.values() else {"dict": parts}
+        items = [[key, structure_of(tree[key])] for key in tree]
+        described = all(type(key) in (str, int) and inner is not None for key, inner in items)
+        return {"dict": items} if described else None
     if type(tree) in (list, tuple):
         items = [structure_of(item) for item in tree]
         return None if None in items else {type(tree).__name__: items}
-    if tree is None:
-        return {"none": True}
     return "leaf" if jax.tree_util.treedef_is_leaf(jax.tree.structure(tree)) else None
 
 
-def rebuilt(structure: Any, leaves: Any) -> Any:
-    """Put leaves, an iterator in the order of ``jax.tree.leaves``, into the containers that were described."""
-    if structure == "leaf":
-        return next(leaves)
-    ((kind, parts),) = structure.items()
-    if kind == "dict":
-        return {key: rebuilt(parts[key], leaves) for key in sorted(parts)}
-    return None if kind == "none" else {"list": list, "tuple": tuple}[kind](rebuilt(part, leaves) for part in parts)
+def rebuilt(structure: Any, leaves: Mapping[tuple[str, ...], Any], at: tuple[str, ...] = ()) -> Any:
+    """Put leaves, by their paths, into the containers that were described."""
+    match structure:
+        case "leaf":
+            return leaves[at]
+        case {"dict": items}:
+            return {key: rebuilt(inner, leaves, (*at, str(key))) for key, inner in items}
+        case {"list": items}:
+            return [rebuilt(inner, leaves, (*at, str(i))) for i, inner in enumerate(items)]
+        case {"tuple": items}:
+            return tuple(rebuilt(inner, leaves, (*at, str(i))) for i, inner in enumerate(items))
+        case _:
+            return None

@@ -183,7 +183,13 @@ class Trainer:
         return self._beginning(jax.tree.map(strong, initial), jax.tree.map(strong, model_state), key)
 
     def _beginning(self, params: PyTree, model_state: PyTree, key: jax.Array) -> TrainState:
-        state = TrainState(
+        state = self._without_memories(params, model_state, key)
+        state = state.replace(callback_states=initial_memories(self._events.callbacks, state))
+        self._known_forms.add(self._form(state))
+        return state
+
+    def _without_memories(self, params: PyTree, model_state: PyTree, key: jax.Array) -> TrainState:
+        return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             model_state=model_state,
@@ -196,9 +202,6 @@ class Trainer:
             stop=False,
             host=HostFields(),
         )
-        state = state.replace(callback_states=initial_memories(self._events.callbacks, state))
-        self._known_forms.add(self._form(state))
-        return state
 
     def checkpointer(
         self,
@@ -217,7 +220,9 @@ class Trainer:
             save_last: with a ``mode``, whether to keep the newest beside the best.
 
         Returns:
-            A context manager with ``save(state, metric=None)``, ``wait()``, ``close()`` and ``steps``.
+            A context manager with ``save(state, metric=None)``, ``wait()``, ``close()``, ``steps``, ``latest_step`` and
+            ``best_step``. It removes what saves that were cut short have left, so open none on a directory that
+            another process is saving into.
         """
         from ant_jax._checkpoint import Checkpointer
 
@@ -249,7 +254,8 @@ class Trainer:
             directory: that was saved into.
             step: of the state; ``None``: the newest there is.
             like: a state of this trainer, for parameters in containers other than dict, list and tuple, which a file
-                cannot describe (Equinox modules, flax.struct dataclasses).
+                cannot describe (Equinox modules, flax.struct dataclasses). Arrays of it that are committed to devices
+                also say where the restored ones go.
 
         Returns:
             The state as it was saved. A callback that the checkpoint does not know starts afresh, and one that this
@@ -259,15 +265,16 @@ class Trainer:
             FileNotFoundError: there is no such checkpoint; the message says which there are.
             StateMismatch: the checkpoint does not fit this trainer; the message names every leaf that differs.
         """
-        from ant_jax import _checkpoint as checkpoint
+        from ant_jax._checkpoint import read
+        from ant_jax._snapshot import filled, parameters_of
 
-        saved = checkpoint.read(directory, step)
-        fresh = like
-        if fresh is None:
-            params = jax.tree.map(strong, checkpoint.parameters_of(saved, "params"))
-            model_state = jax.tree.map(strong, checkpoint.parameters_of(saved, "model_state"))
-            fresh = self._beginning(params, model_state, jax.random.key(0))
-        state = checkpoint.filled(saved, fresh, self._events.device_names)
+        saved, form = read(directory, step), like
+        if form is None:
+            key = jax.random.key(0)
+            parameters = parameters_of(saved, "params"), parameters_of(saved, "model_state")
+            form = jax.eval_shape(self._without_memories, *parameters, key).replace(key=key)
+        callbacks = self._events.callbacks
+        state = filled(saved, form, self._events.device_names, lambda state: initial_memories(callbacks, state))
         self._check_state(state)
         return state
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"_trees", "_interrupt", "_pace"},
     {"_encoding", "_history", "_hyperparams", "_logs", "_sums", "_models", "metrics"},
     {"_state", "data"},
-    {"_branches", "_callback", "_feed"},
+    {"_branches", "_callback", "_feed", "_snapshot"},
     {"_checkpoint", "_judging", "_live"},
     {"_events"},
     {"_step"},

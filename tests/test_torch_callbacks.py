@@ -174,10 +174,13 @@ def test_the_learning_rate_scheduler(capsys):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb", "ignore::DeprecationWarning:pydantic")
 def test_wandb(tmp_path, monkeypatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     fit(WandbCallback("digits", run_name="first"))
+    wandb.teardown()  # its own process may still be writing when a run has finished
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 

@@ -24,7 +24,8 @@ def checkpoint(
     On the host, in ``on_checkpoint``, when all callbacks of that moment have run, so that what they remember is saved
     as it then is. Orbax writes in the background: training waits only while the state is copied, and, with a
     ``monitor``, until the epoch's metric is there. What is under way is finished on every way out of ``fit``. Restore
-    with ``trainer.restore(directory)``; ``fit`` then goes on, bit for bit.
+    with ``trainer.restore(directory)``; ``fit`` then goes on, bit for bit. After the run,
+    ``with trainer.checkpointer(directory, mode="min") as saved: saved.best_step`` is the step of the best checkpoint.
 
     Args:
         directory: where to; it is made. It may hold checkpoints of this run up to where it goes on, and no later ones.
@@ -43,6 +44,8 @@ def checkpoint(
     Raises:
         ValueError: an argument out of range.
         FileExistsError: when the run begins, if the directory holds later checkpoints than the state's step.
+        RuntimeError: when the run begins, if another callback saves into the directory, too.
+        NotADirectoryError: when the run begins, if it is a file.
         KeyError: at the end of the first epoch, if there is no log named ``monitor``; the message lists those there
             are.
 
@@ -72,6 +75,8 @@ def checkpoint(
 
     def on_checkpoint(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
+        if int(state.step) == opened[0].latest_step:  # the run went on after the last batch of an epoch, from there
+            return state, logs
         at_epoch_end = state.batch_idx == 0
         opened[0].save(state, float(logs[monitor]) if monitor is not None and at_epoch_end else None)
         return state, logs

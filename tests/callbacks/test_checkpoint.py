@@ -95,6 +95,61 @@ def test_a_run_that_goes_on_saves_on_and_another_run_is_refused(tmp_path):
     assert int(resumed.step) == 6
 
 
+@pytest.mark.parametrize("failing", [2, 6], ids=["first epoch", "second epoch"])
+def test_a_run_that_was_cut_short_ends_as_if_it_had_not_been(failing, tmp_path):
+    """As users do it: the same lines again, with what is newest on disk instead of a new state."""
+    loader = ant.ArrayLoader(data(4 * BATCH), BATCH)
+
+    def new(*more: ant.Callback) -> ant.Trainer:
+        saving = ant.callbacks.checkpoint(tmp_path, every=1)
+        options = {"gradient_accumulation_steps": 3}
+        return trainer(ant.callbacks.ema(0.9), saving, *more, **options)
+
+    def fail(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        if int(state.step) > failing:
+            raise RuntimeError("on purpose")
+        return state, logs
+
+    straight = trainer(ant.callbacks.ema(0.9), gradient_accumulation_steps=3)
+    whole, history = straight.fit(straight.init(batches()[0]), loader, 3)
+    first = new(host("fail", on_batch_end=fail))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        first.fit(first.init(batches()[0]), loader, 3)
+    second = new()
+    restored = second.restore(tmp_path)
+    assert restored.step == failing
+    resumed, resumed_history = second.fit(restored, loader, 3)
+    assert_bit_equal(whole, resumed)
+    assert history == resumed_history
+    assert steps_in(tmp_path) == [10, 11, 12]
+
+
+def test_a_run_that_goes_on_after_the_last_batch_of_an_epoch(tmp_path):
+    """The epoch's end is at a step that is saved already."""
+
+    def fail(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        raise RuntimeError("on purpose")
+
+    broken = trainer(host("fail", on_epoch_end=fail))
+    with pytest.raises(RuntimeError, match="on purpose") as raised:
+        broken.fit(broken.init(batches()[0]), batches(2), 1)
+    broken.save(tmp_path, raised.value.train_state)  # type: ignore[attr-defined]
+    mended = trainer(ant.callbacks.checkpoint(tmp_path))
+    mended.fit(mended.restore(tmp_path), batches(2), 2)
+    assert steps_in(tmp_path) == [2, 4]
+    assert mended.restore(tmp_path).epoch == 2
+
+
+def test_two_into_one_directory_are_refused(tmp_path):
+    callbacks = [ant.callbacks.checkpoint(tmp_path, name=name) for name in "ab"]
+    a_trainer = trainer(*callbacks)
+    with pytest.raises(RuntimeError, match="give each checkpoint callback a directory of its own"):
+        a_trainer.fit(a_trainer.init(batches()[0]), batches(1), 1)
+    alone = trainer(callbacks[0])
+    alone.fit(alone.init(batches()[0]), batches(1), 1)
+    assert steps_in(tmp_path) == [1]
+
+
 def test_an_unknown_monitor_raises_at_the_first_epoch_end(tmp_path):
     a_trainer = trainer(ant.callbacks.checkpoint(tmp_path, monitor="val_los"))
     with pytest.raises(KeyError, match="no log named 'val_los'; the logs here are: train_loss, val_loss"):
