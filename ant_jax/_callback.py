@@ -77,8 +77,9 @@ class Callback:
         init: ``init(state) -> memory``, any pytree.
         traced: whether all hooks are pure JAX.
         every: how often a host callback's batch hooks look: every that many batches and at the last batch of an
-            epoch; ``None``, whenever the host next has control. One look is one ``on_batch_begin`` and the
-            ``on_batch_end`` that belongs to it; ``logs.window`` holds the batches between them.
+            epoch; ``range(a, b)``, once an epoch, at those batches; ``None``, whenever the host next has control. One
+            look is one ``on_batch_begin`` and the ``on_batch_end`` that belongs to it; ``logs.window`` holds the
+            batches between them.
         on_train_begin: and the other hooks, one function each; one that is not given is never called.
 
     Raises:
@@ -99,7 +100,7 @@ class Callback:
 
     name: str = ""
     traced: bool = False
-    every: int | None = 1
+    every: int | range | None = 1
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class Callback:
         name: str = "",
         init: Callable[[Any], Any] | None = None,
         traced: bool = False,
-        every: int | None = 1,
+        every: int | range | None = 1,
         on_train_begin: HookFn | None = None,
         on_epoch_begin: HookFn | None = None,
         on_batch_begin: HookFn | None = None,
@@ -197,12 +198,21 @@ def _check(callback: Callback) -> None:
             raise TypeError(f"callback {callback.name!r}: {hook} must be a function, got {function!r}")
         _check_parameters(callback, hook, function)
     every = callback.every
-    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-        raise ValueError(f"callback {callback.name!r}: every must be a whole number of batches or None, got {every!r}")
+    if every is not None and not _is_interval(every):
+        raise ValueError(
+            f"callback {callback.name!r}: every must be a whole number of batches, a range of them (of step 1) or "
+            f"None, got {every!r}"
+        )
     if callback.traced and every != 1:
         raise ValueError(
             f"callback {callback.name!r} is traced, so it runs in every step; every={every!r} is for host ones"
         )
+
+
+def _is_interval(every: Any) -> bool:
+    if isinstance(every, range):
+        return every.step == 1 and 0 <= every.start < every.stop
+    return isinstance(every, int) and not isinstance(every, bool) and every >= 1
 
 
 def _check_parameters(callback: Callback, hook: str, function: HookFn) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -94,6 +95,7 @@ class TrainProgram:
         may_stop: whether a traced hook can end a launch early.
         fused: see ``fuse``.
         pace: how many steps a launch should have.
+        flops: of one step, by XLA's count, made when it is first asked for; ``None`` where XLA does not tell.
         begin_epoch: returns the sums and, made of any, the accumulation window that an epoch begins with.
     """
 
@@ -102,6 +104,7 @@ class TrainProgram:
         state, batch = _avals(part.state(key)), _avals(batch)
         # The one time that the step is traced: the programs below call `_step`, and meet the trace in jit's cache.
         traced = self._step.trace(state, batch, _aval(jnp.int32), _aval(jnp.bool_))
+        self._traced = traced
         self.logs: dict[str, jax.ShapeDtypeStruct] = traced.out_info.logs
         self.may_stop = traced.out_info.stop is not None
         self.fused = _is_fused(fuse, traced.jaxpr)
@@ -114,6 +117,11 @@ class TrainProgram:
         self._one = jax.jit(self._run_alone, donate_argnums=0)
         self._many = jax.jit(self._run_many, donate_argnums=0)
         self.begin_epoch = jax.jit(lambda window: (zero_sums(self.logs), jax.tree.map(jnp.zeros_like, window)))
+
+    @functools.cached_property
+    def flops(self) -> float | None:
+        analysis = self._traced.lower().cost_analysis()
+        return None if analysis is None else analysis.get("flops")
 
     def launch(self, live: Live, cursor: Cursor, count: int) -> Launch:
         """Train on the next ``count`` batches of the cursor's chunk, and move the cursor on.
@@ -139,7 +147,7 @@ class TrainProgram:
         if stop is not None:
             live.stop = live.stop or bool(stop)
         cursor.row += launch.steps
-        live.advance(launch.steps)
+        live.advance(launch.steps, chunk.examples)
         return launch
 
     def step_by_hand(self, part: DevicePart, key_data: jax.Array, batch: PyTree) -> tuple[DevicePart, Any, Any]:
@@ -291,7 +299,7 @@ class Programs:
             self._fitting.add(form)
 
 
-def rows_of(feed: Feed, fused: bool, every: Iterable[int | None] = ()) -> int | None:
+def rows_of(feed: Feed, fused: bool, every: Iterable[int] = ()) -> int | None:
     """How many batches to stack into a chunk of this feed; ``None`` when each is launched by itself.
 
     Chunks end where looks do, where they can: every so many batches, for the rarest looks that fit into a chunk.
@@ -305,7 +313,7 @@ def rows_of(feed: Feed, fused: bool, every: Iterable[int | None] = ()) -> int | 
         return min(most, ROWS_OF_UNKNOWN)
     chunks = -(-batches // most)
     rows = max(1, -(-batches // max(1, chunks)))  # the same in every chunk, so that none is mostly padding
-    interval = max((n for n in every if n is not None and n <= rows), default=1)
+    interval = max((n for n in every if n <= rows), default=1)
     return rows - rows % interval
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -49,7 +50,8 @@ class Feed:
             are taken through numpy.
         name: what to call the loader in errors.
         epoch: which epoch.
-        start: batches to skip, when a run goes on inside an epoch.
+        start: batches of the epoch that are done, when a run goes on inside it.
+        position: examples in them.
         limit: batches in an epoch, when the loader has no end; ``None``: until the loader ends.
 
     Attributes:
@@ -60,10 +62,13 @@ class Feed:
         NoBatches: it gave no batch.
     """
 
-    def __init__(self, loader: Any, name: str, epoch: int = 0, start: int = 0, limit: int | None = None):
-        self._loader, self._name, self._epoch, self._start, self._limit = loader, name, epoch, start, limit
+    def __init__(
+        self, loader: Any, name: str, epoch: int = 0, start: int = 0, position: int = 0, limit: int | None = None
+    ):
+        self._loader, self._name, self._epoch, self._limit = loader, name, epoch, limit
+        self._start, self._position = start, position
         if isinstance(loader, ArrayLoader):
-            batches = loader.batches(epoch, start)
+            batches = loader.batches(epoch, position)
         elif isinstance(loader, Iterable):
             batches = itertools.islice(loader, start, None)
         else:
@@ -77,8 +82,16 @@ class Feed:
 
     @property
     def length(self) -> int | None:
-        """Batches in the whole epoch, ``None`` when neither the loader nor the limit tells."""
+        """Batches like these in a whole epoch, ``None`` when neither the loader nor the limit tells."""
         return self._limit if self._limit is not None else length_of(self._loader)
+
+    @property
+    def epoch_length(self) -> int | None:
+        """Batches in this very epoch, whose first ones may have been of another size; ``None`` as for ``length``."""
+        if self._limit is not None or not isinstance(self._loader, ArrayLoader):
+            return self.length
+        whole, rest = self._loader.left(self._position)
+        return self._start + whole + bool(rest)
 
     def chunks(self, rows: int | None, seconds: float) -> Iterator[Chunk]:
         """Cut the epoch into chunks.
@@ -93,16 +106,19 @@ class Feed:
 
     def _gathered(self, loader: ArrayLoader, rows: int) -> Iterator[Chunk]:
         """An ``ArrayLoader``'s chunks, each gathered by one indexing operation."""
-        end = min(len(loader), self._limit or len(loader))
-        self._refuse_early_end(end)
-        whole_end = end - (end == len(loader) and loader.ends_short)
+        whole, rest = loader.left(self._position)
+        available = self._start + whole + bool(rest)
+        self._refuse_early_end(available)
+        end = min(available, self._limit or available)
+        whole_end, position = min(self._start + whole, end), self._position
         for start in range(self._start, whole_end, rows):
             count = min(rows, whole_end - start)
-            stacked = loader.stacked(self._epoch, start, count, rows)
+            stacked = loader.stacked(self._epoch, position, count, rows)
+            position += count * loader.batch_size
             yield Chunk(stacked, count, loader.batch_size, last=start + count == end)
         if whole_end < end:
-            batch = next(loader.batches(self._epoch, whole_end))
-            yield Chunk(jax.tree.map(lambda leaf: leaf[None], batch), 1, batch_size_of(batch), last=True)
+            batch = next(loader.batches(self._epoch, position))
+            yield Chunk(jax.tree.map(lambda leaf: leaf[None], batch), 1, rest, last=True)
 
     def _filled(self, rows: int | None, seconds: float) -> Iterator[Chunk]:
         """Chunks filled batch by batch; an exception of the loader comes after the batches before it."""
@@ -225,10 +241,20 @@ class Ahead:
     """An iterator that can be told to fetch its next item early, so that fetching overlaps with other work.
 
     An exception in fetching early is raised when the item is asked for.
+
+    Args:
+        iterator: what to fetch from.
+        prepare: what to make of every item.
+        timed: makes the context in which to fetch.
     """
 
-    def __init__(self, iterator: Iterator[Any], prepare: Callable[[Any], Any]):
-        self._iterator, self._prepare = iterator, prepare
+    def __init__(
+        self,
+        iterator: Iterator[Any],
+        prepare: Callable[[Any], Any],
+        timed: Callable[[], contextlib.AbstractContextManager[None]],
+    ):
+        self._iterator, self._prepare, self._timed = iterator, prepare, timed
         self._fetched: list[Any] = []
         self._failure: Exception | None = None
 
@@ -237,9 +263,10 @@ class Ahead:
         if self._fetched or self._failure is not None:
             return
         try:
-            for item in self._iterator:
-                self._fetched.append(self._prepare(item))
-                return
+            with self._timed():
+                for item in self._iterator:
+                    self._fetched.append(self._prepare(item))
+                    return
         except Exception as error:
             self._failure = error
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ant_jax._callback import HOOKS
 from ant_jax._logs import Logs
-from ant_jax._state import TrainState, strong
+from ant_jax._state import HostFields, TrainState, strong
 from ant_jax._trees import PyTree, describe, differences, in_lines
 
 
@@ -75,10 +75,10 @@ def _kind(value: Any) -> str:
 def _judged_state(name: str, old: TrainState, new: TrainState, device_names: frozenset[str] | None) -> TrainState:
     if new is old:
         return new
-    if new.host is not old.host:
+    if new.host is not old.host and not _only_asks(old.host, new.host):
         raise CallbackReturnError(
             f"{name} changed the state's epoch, batch_idx or history; those are the trainer's. To end the run early "
-            f"return state.request_stop(), logs"
+            f"return state.request_stop(), logs; for other batches return state.request_batch_size(...), logs"
         )
     if old.host is None and new.key is not old.key:
         raise CallbackReturnError(
@@ -103,6 +103,11 @@ def _judged_state(name: str, old: TrainState, new: TrainState, device_names: fro
             for owner, memory in before.items()
         }
     return new.replace(**updates) if updates else new
+
+
+def _only_asks(old: HostFields | None, new: HostFields | None) -> bool:
+    """Whether host fields differ in nothing but the batch sizes that are asked for."""
+    return old is not None and new is not None and new.asking(old.batch_sizes) == old
 
 
 def _judged_tree(name: str, what: str, before: PyTree, after: PyTree, traced: bool) -> PyTree:

@@ -116,10 +116,18 @@ class Live:
         """Replace host fields."""
         self.host = dataclasses.replace(self.host, **fields)
 
-    def advance(self, batches: int) -> None:
-        """Count batches that are done."""
+    def advance(self, batches: int, examples: int) -> None:
+        """Count batches that are done, with so many examples in each."""
         host = self.host
-        self.host = HostFields(host.epoch, host.batch_idx + batches, host.history, host.published)
+        self.host = HostFields(  # not by dataclasses.replace, which a launch of few steps would feel
+            host.epoch,
+            host.batch_idx + batches,
+            host.examples + batches * examples,
+            host.batch_size,
+            host.batch_sizes,
+            host.history,
+            host.published,
+        )
 
     def take(self) -> list[Any]:
         """Hand over the leaves of the device part to be overwritten; ``give`` must follow."""

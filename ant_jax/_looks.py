@@ -18,7 +18,8 @@ class Look:
     """One host callback's looks at the batches: which ones, and the batches that have passed since the last.
 
     A look is a window of batches with an ``on_batch_begin`` before it and an ``on_batch_end`` after it. With
-    ``every=N`` windows begin at batches 0, N, 2N, ...; with ``every=None``, wherever the host next has control.
+    ``every=N`` windows begin at batches 0, N, 2N, ...; with ``every=range(a, b)`` there is one, of those batches; with
+    ``every=None`` they begin wherever the host next has control.
 
     Args:
         callback: whose looks.
@@ -50,11 +51,22 @@ class Look:
 
     def resume(self, batch_idx: int) -> None:
         """Open the window that a run which goes on inside an epoch was in; its beginning has been seen."""
-        self.open = self.every is not None and batch_idx % self.every > 0
+        if isinstance(self.every, range):
+            self.open = self.every.start < batch_idx < self.every.stop
+        else:
+            self.open = self.every is not None and batch_idx % self.every > 0
 
     def begins(self, batch_idx: int) -> bool:
         """Whether a window begins before this batch."""
+        if isinstance(self.every, range):
+            return not self.open and batch_idx == self.every.start
         return not self.open and (self.every is None or batch_idx % self.every == 0)
+
+    def until_border(self, batch_idx: int) -> int | None:
+        """Batches from here on until a window must begin or end; ``None`` when none must."""
+        if isinstance(self.every, range):
+            return next((at - batch_idx for at in (self.every.start, self.every.stop) if at > batch_idx), None)
+        return None if self.every is None else self.every - batch_idx % self.every
 
     def begin(self, logs: Mapping[str, Any]) -> None:
         """Open the window; ``logs`` are as its beginning left them."""
@@ -62,14 +74,15 @@ class Look:
         self._published = {name: value for name, value in logs.items() if name != "batch_size"}
 
     def passed(self, launch: Launch) -> None:
-        """Note the logs of a launch."""
-        self._launches.append(launch)
+        """Note the logs of a launch, if the window is open."""
+        if self.open:
+            self._launches.append(launch)
 
     def ends(self, batches_done: int) -> bool:
-        """Whether the window ends when so many batches of the epoch are done."""
+        """Whether the window, if it is open, ends when so many batches of the epoch are done."""
         if self.every is None:
             return time.monotonic() - self._ended_at > LAUNCH_SECONDS / 2
-        return batches_done % self.every == 0
+        return batches_done == self.every.stop if isinstance(self.every, range) else batches_done % self.every == 0
 
     def end(self, logs: Mapping[str, Any]) -> Logs:
         """Close the window; returns ``logs`` for its end, with all that has passed in it."""

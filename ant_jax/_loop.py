@@ -24,6 +24,8 @@ around launches, ``every`` so many batches, and those of traced callbacks inside
 look, for the callbacks that looked, unless the epoch's batches end there; and after all ``on_epoch_end``, when the
 epoch counts as done.
 
+A batch size that a callback asks for begins at its batch, in the order of the examples that the epoch has.
+
 What is published when a scope opens is still in the logs when it closes.
 """
 
@@ -50,9 +52,10 @@ from ant_jax._live import Live
 from ant_jax._logs import Logs
 from ant_jax._looks import Look
 from ant_jax._pace import LAUNCH_SECONDS
+from ant_jax._run import Run
 from ant_jax._state import TrainState, refuse_mismatch
 from ant_jax._sums import means
-from ant_jax.data import NoBatches
+from ant_jax.data import ArrayLoader, BatchError, NoBatches
 
 
 class Loop:
@@ -65,8 +68,8 @@ class Loop:
         state: to begin with.
         train_loader: any iterable of batches.
         val_loader: the same, or ``None``.
-        num_epochs: when to end.
         steps_per_epoch: batches in an epoch, or ``None`` when the loader ends.
+        run: the run's facts, of which it keeps those that change.
     """
 
     def __init__(
@@ -77,12 +80,12 @@ class Loop:
         state: TrainState,
         train_loader: Any,
         val_loader: Any,
-        num_epochs: int,
         steps_per_epoch: int | None,
+        run: Run,
     ):
         self._trainer, self._events, self._programs = trainer, events, programs
         self._train_loader, self._val_loader = train_loader, val_loader
-        self._num_epochs, self._steps_per_epoch = num_epochs, steps_per_epoch
+        self._steps_per_epoch, self._run = steps_per_epoch, run
         self._window: int = trainer.gradient_accumulation_steps
         self._live = Live(state.replace(stop=False), events.device_names)
 
@@ -103,7 +106,7 @@ class Loop:
         live = self._live
         opening = self._hook("on_train_begin", None, {})
         closing: Mapping[str, Any] = {}
-        while live.host.epoch < self._num_epochs and not live.stop:
+        while live.host.epoch < self._run.num_epochs and not live.stop:
             closing = self._epoch(live.host.epoch)
         self._hook("on_train_end", None, {**opening, **closing})
         return live.get()
@@ -122,48 +125,100 @@ class Loop:
             del state  # who still refers to the state when the next launch overwrites it, makes it copy
         closing = self._hook("on_epoch_end", epoch, {**opening, **trained, **evaluated})
         live.update(log_sums=None)
-        live.move(epoch=epoch + 1, batch_idx=0, history=live.host.history.appended(closing), published={})
+        history = live.host.history.appended(closing)
+        waiting = tuple((0, size) for start, size in live.host.batch_sizes if start <= live.host.batch_idx)
+        live.move(epoch=epoch + 1, batch_idx=0, examples=0, batch_sizes=waiting[-1:], history=history, published={})
         self._hook("on_checkpoint", None, closing)
         return closing
 
     def _batches(self, epoch: int) -> dict[str, Any]:
         """Train on the batches of an epoch; returns their means as ``train_`` logs."""
-        live, start = self._live, self._live.host.batch_idx
-        try:
-            feed = Feed(self._train_loader, "train_loader", epoch, start, self._steps_per_epoch)
-        except NoBatches:
-            if start == 0:
-                raise
-            return self._epoch_means()  # the run goes on after the last batch of an epoch
-        program = self._programs.train(live.part(), live.key, feed.first)
+        live = self._live
         looks = [Look(*watcher) for watcher in self._events.watchers]
-        self._open(program, looks, start)
-        rows = rows_of(feed, program.fused, [look.every for look in looks])
-        chunks = Ahead(feed.chunks(rows, LAUNCH_SECONDS), on_device)
+        program = None
+        while True:  # over stretches of batches of one size
+            self._resize()
+            try:
+                feed = self._feed(epoch)
+            except NoBatches:
+                if live.host.batch_idx == 0:
+                    raise
+                break  # the run goes on after the last batch of an epoch
+            begun, program = program is not None, self._programs.train(live.part(), live.key, feed.first)
+            self._open(program, looks, begun)
+            over = self._train_on(feed, program, looks)
+            program.pace.interrupted()
+            if over:
+                break
+        return self._epoch_means()
+
+    def _feed(self, epoch: int) -> Feed:
+        host = self._live.host
+        with self._run.costs.waiting_for_data():
+            feed = Feed(
+                self._loader(), "train_loader", epoch, host.batch_idx, host.examples, limit=self._steps_per_epoch
+            )
+        self._run.steps_per_epoch = feed.epoch_length
+        return feed
+
+    def _loader(self) -> Any:
+        size = self._live.host.batch_size
+        return self._train_loader if size is None else self._train_loader.with_batch_size(size)
+
+    def _resize(self) -> bool:
+        """Take up the batch size that is asked for by now, if the epoch has a batch of it left; whether it has."""
+        host, loader = self._live.host, self._train_loader
+        due = [size for start, size in host.batch_sizes if start <= host.batch_idx]
+        if not due:
+            return False
+        if not isinstance(loader, ArrayLoader):
+            raise BatchError(
+                f"a callback asked for batches of {due[-1]} examples, and train_loader is a {type(loader).__name__}, "
+                f"whose batches are as they are; use an ArrayLoader"
+            )
+        if loader.with_batch_size(due[-1]).left(host.examples) == (0, 0):
+            return False
+        self._live.move(batch_size=due[-1], batch_sizes=host.batch_sizes[len(due) :])
+        return True
+
+    def _train_on(self, feed: Feed, program: TrainProgram, looks: list[Look]) -> bool:
+        """Train on batches of one size; returns whether the epoch is over, and not only their size."""
+        live, costs = self._live, self._run.costs
+        costs.runs(program)
+        rows = rows_of(feed, program.fused, [look.every for look in looks if isinstance(look.every, int)])
+        chunks = Ahead(feed.chunks(rows, LAUNCH_SECONDS), on_device, costs.waiting_for_data)
         for chunk in chunks:
             cursor = Cursor(chunk, live.host.batch_idx)
             while cursor.remaining:
+                if self._resize():
+                    return False
                 self._begin_looks(looks, cursor)
+                if self._resize():  # the looks that have begun stay open
+                    return False
                 launch = program.launch(live, cursor, self._length(looks, program, cursor))
                 if not cursor.remaining:
                     chunks.fetch()
                 program.pace.launched(launch.steps, launch.latest["loss"])
-                over = self._end_looks(looks, cursor, launch)
-                if over:
-                    program.pace.interrupted()
-                    return self._epoch_means()
+                if self._end_looks(looks, cursor, launch):
+                    return True
         raise RuntimeError("the chunks ended without a last one")  # cannot be: Feed marks it
 
-    def _open(self, program: TrainProgram, looks: list[Look], start: int) -> None:
-        """Begin the sums and the accumulation window of an epoch, or take up those that the state is in."""
-        live, part = self._live, self._live.part()
+    def _open(self, program: TrainProgram, looks: list[Look], begun: bool) -> None:
+        """Begin the sums and the accumulation window of an epoch, or take up those that the state is in.
+
+        Args:
+            program: that runs first, or next.
+            looks: those of the epoch.
+            begun: whether this run has trained on batches of this epoch before.
+        """
+        live, part, start = self._live, self._live.part(), self._live.host.batch_idx
         if start == 0:
             sums, window = program.begin_epoch(part.accumulator)
             live.update(log_sums=sums, accumulator=window)
             return
         expected, _ = jax.eval_shape(program.begin_epoch, part.accumulator)
         refuse_mismatch("log_sums", expected, part.log_sums, "this trainer, going on inside an epoch,")
-        for look in looks:
+        for look in [] if begun else looks:
             look.resume(start)
 
     def _is_over(self, cursor: Cursor) -> bool:
@@ -176,8 +231,10 @@ class Loop:
         """How many batches to launch: to the next look or the end of the chunk, and no longer than the pace allows."""
         length = min(cursor.remaining, program.pace.steps if program.fused else 1)
         for look in looks:
-            if look.every is not None:
-                length = min(length, look.every - cursor.batch_idx % look.every)
+            length = min(length, look.until_border(cursor.batch_idx) or length)
+        for start, _ in self._live.host.batch_sizes:
+            if start > cursor.batch_idx:
+                length = min(length, start - cursor.batch_idx)
         if self._live.stop:
             length = min(length, self._window - cursor.batch_idx % self._window)
         return length
@@ -196,7 +253,7 @@ class Loop:
             look.passed(launch)
         over, done = self._is_over(cursor), cursor.batch_idx
         logs: Mapping[str, Any] = {"batch_size": cursor.chunk.examples, **launch.latest}
-        ending = looks if over else [look for look in looks if look.ends(done)]
+        ending = [look for look in looks if look.open and (over or look.ends(done))]
         if ending:
             logs = self._look("on_batch_end", ending, done - 1, logs)
             if not over and self._is_over(cursor):  # one has asked to stop: then the other windows end, too

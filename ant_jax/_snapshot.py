@@ -25,6 +25,8 @@ _logger = logging.getLogger("ant_jax")
 FORMAT = 1
 # The fields of a state that are arrays; those of callbacks are added one by one.
 FIELDS = ("step", "params", "model_state", "opt_state", "key", "accumulator", "loss_scale", "log_sums")
+# The host fields that are plain numbers.
+HOST_FIELDS = ("epoch", "batch_idx", "examples", "batch_size", "batch_sizes")
 _PACKAGES = ("ant_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 Path = tuple[str, ...]
@@ -206,7 +208,7 @@ def _host_part(state: TrainState, leaves: Mapping[Path, jax.Array]) -> dict[str,
         "format": FORMAT,
         "versions": dict(_versions()),
         "saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "fields": {"epoch": host.epoch, "batch_idx": host.batch_idx},
+        "fields": {name: getattr(host, name) for name in HOST_FIELDS},
         "history": list(host.history),
         "published": dict(host.published),
         "stop": bool(state.stop),

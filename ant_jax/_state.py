@@ -36,17 +36,27 @@ class HostFields:
     Attributes:
         epoch: the epoch under way, or the next one; counted from 0.
         batch_idx: batches of this epoch that are done.
+        examples: examples in them: the position in the epoch's data.
+        batch_size: examples in a batch, as a callback has asked; ``None``: as the loader has it.
+        batch_sizes: those asked for that are still to come, each with the batch of the epoch from which it holds.
         history: the logs of the epochs that are done.
         published: sum and weight of every value that host hooks have published in this epoch.
     """
 
     epoch: int = 0
     batch_idx: int = 0
+    examples: int = 0
+    batch_size: int | None = None
+    batch_sizes: tuple[tuple[int, int], ...] = ()
     history: History = History()
     published: Mapping[str, tuple[Any, int]] = dataclasses.field(default_factory=dict)
 
     def __hash__(self) -> int:  # makes a whole TrainState a valid argument of a user's own jax.jit
         return hash((self.epoch, self.batch_idx, len(self.history)))
+
+    def asking(self, batch_sizes: tuple[tuple[int, int], ...]) -> HostFields:
+        """The same but for the batch sizes that are to come, which are all that a hook may change."""
+        return dataclasses.replace(self, batch_sizes=batch_sizes)
 
 
 @struct.dataclass
@@ -69,9 +79,9 @@ class TrainState:
     """Everything that decides the future of a run; made by ``Trainer.init``.
 
     Immutable: ``state.replace(params=...)`` returns another state. It is a pytree whose leaves are the fields below;
-    ``epoch``, ``batch_idx`` and ``history`` are host fields, plain Python that reading never waits for, and that has no
-    value inside the compiled step. (So states of different epochs are different pytrees to ``jax.tree.map``; compare
-    their ``params``.)
+    ``epoch``, ``batch_idx``, ``examples``, ``batch_size`` and ``history`` are host fields, plain Python that reading
+    never waits for, and that has no value inside the compiled step. (So states of different epochs are different
+    pytrees to ``jax.tree.map``; compare their ``params``.)
 
     Attributes:
         step: int32 scalar, batches trained on since ``init``; the index of the batch that is under way.
@@ -119,6 +129,16 @@ class TrainState:
         return self.on_host("batch_idx").batch_idx
 
     @property
+    def examples(self) -> int:
+        """Examples in the batches of this epoch that are done."""
+        return self.on_host("examples").examples
+
+    @property
+    def batch_size(self) -> int | None:
+        """Examples in a batch, where a callback has asked for a size; ``None``: as the loader has it."""
+        return self.on_host("batch_size").batch_size
+
+    @property
     def history(self) -> History:
         """The logs of the epochs that are done."""
         return self.on_host("history").history
@@ -159,6 +179,33 @@ class TrainState:
         if self.host is None:
             return self.replace(stop=jnp.logical_or(self.stop, when))
         return self.replace(stop=bool(self.stop) or bool(when))
+
+    def request_batch_size(self, batch_size: int, from_batch: int | None = None) -> TrainState:
+        """Ask, in a host hook, for another batch size; it stays until the next request.
+
+        The training loader must be an :class:`ArrayLoader`. Its order of the examples stays as it is, so no example
+        comes twice or is left out; with ``drop_last``, a size that the epoch has too few examples left for waits for
+        the next epoch. Each size is a program of its own, compiled when it first comes.
+
+        Args:
+            batch_size: examples in a batch.
+            from_batch: from which batch of this epoch on, as an index; it replaces the requests from that batch on.
+                ``None``: the next one, which is, asked in ``on_batch_begin``, the one that begins.
+
+        Returns:
+            The state with the request in it.
+
+        Raises:
+            ValueError: ``batch_size`` is not positive, or the epoch is past ``from_batch``.
+        """
+        host = self.on_host("batch_size")
+        start = host.batch_idx if from_batch is None else from_batch
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"request_batch_size: batch_size must be a positive whole number, got {batch_size!r}")
+        if start < host.batch_idx:
+            raise ValueError(f"request_batch_size: from_batch={start} is past; the next batch is {host.batch_idx}")
+        sooner = tuple(item for item in host.batch_sizes if item[0] < start)
+        return self.replace(host=host.asking((*sooner, (start, batch_size))))
 
     def skip_batch(self, when: bool | chex.Array = True) -> TrainState:
         """Ask, in ``on_backward_end``, that this batch count for nothing.

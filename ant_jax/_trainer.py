@@ -23,6 +23,7 @@ from ant_jax._history import History, to_python
 from ant_jax._live import DevicePart, device_part
 from ant_jax._loop import Loop, evaluate
 from ant_jax._models import PureModel, applied, initialized, pure_functions
+from ant_jax._run import Costs, Run
 from ant_jax._state import Accumulator, HostFields, StateMismatch, TrainState, refuse_mismatch, strong
 from ant_jax._step import COMPUTE_DTYPES, STEP_LOGS, LossFn, Step, cast_floating, criterion_loss, general_loss
 from ant_jax._trees import PyTree, describe_tree
@@ -100,7 +101,7 @@ class Trainer:
     _known_forms: set[Any] = dataclasses.field(init=False, repr=False)
     _outputs: Callable[..., Any] = dataclasses.field(init=False, repr=False)
     _gradients: Callable[..., Any] = dataclasses.field(init=False, repr=False)
-    _run: tuple[int, int | None] | None = dataclasses.field(init=False, repr=False, default=None)
+    _run: Run | None = dataclasses.field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         _check_arguments(self)
@@ -145,16 +146,25 @@ class Trainer:
         Raises:
             RuntimeError: no ``fit`` is running, or a traced hook asks: the number would be compiled in.
         """
-        return self._running("num_epochs")[0]
+        return self._running("num_epochs").num_epochs
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Batches in an epoch of the ``fit`` that is running, ``None`` if nobody can tell; for host hooks.
+        """Batches in the epoch under way of the ``fit`` that is running, ``None`` if nobody can tell; for host hooks.
 
         Raises:
             RuntimeError: as for ``num_epochs``.
         """
-        return self._running("steps_per_epoch")[1]
+        return self._running("steps_per_epoch").steps_per_epoch
+
+    @property
+    def costs(self) -> Costs:
+        """What the ``fit`` that is running has cost so far; for host hooks.
+
+        Raises:
+            RuntimeError: as for ``num_epochs``.
+        """
+        return self._running("costs").costs
 
     def init(self, example_batch: Any, *, seed: int = 0, params: PyTree | None = None) -> TrainState:
         """Make the state that a run begins with.
@@ -326,8 +336,9 @@ class Trainer:
         refuse_bad_length(train_loader, "train_loader", epochs, steps_per_epoch)
         refuse_bad_length(val_loader, "val_loader", epochs)
         running = copy.copy(self)
-        object.__setattr__(running, "_run", (num_epochs, steps_per_epoch or length_of(train_loader)))
-        loop = Loop(running, self._events, self._programs, state, train_loader, val_loader, num_epochs, steps_per_epoch)
+        run = Run(num_epochs, steps_per_epoch or length_of(train_loader), Costs(self._events.seconds))
+        object.__setattr__(running, "_run", run)
+        loop = Loop(running, self._events, self._programs, state, train_loader, val_loader, steps_per_epoch, run)
         state = loop.run()
         return state, state.history
 
@@ -422,7 +433,7 @@ class Trainer:
     def _form(self, state: TrainState) -> Any:
         return form_of(self._part(state)), frozenset(state.callback_states)
 
-    def _running(self, fact: str) -> tuple[int, int | None]:
+    def _running(self, fact: str) -> Run:
         if self._run is None:
             raise RuntimeError(
                 f"trainer.{fact} is known only to host hooks, while fit runs; traced hooks cannot have it"

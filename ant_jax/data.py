@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -54,44 +55,64 @@ class ArrayLoader:
             found = ", ".join(f"{path or 'arrays'}: {describe(leaf)}" for path, leaf in named_leaves(arrays).items())
             raise ValueError(f"ArrayLoader: arrays must share the length of their first axis, got {found or 'none'}")
         self._examples = len(self._leaves[0])
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
-            raise ValueError(f"ArrayLoader: batch_size must be a positive whole number, got {batch_size!r}")
-        if self._examples < (batch_size if drop_last else 1):
-            raise ValueError(
-                f"ArrayLoader: {self._examples} examples make no batch of {batch_size}"
-                + (" when drop_last=True" if self._examples else "")
-            )
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
             raise ValueError(f"ArrayLoader: seed must be a whole number from 0 on, got {seed!r}")
-        self.batch_size, self.shuffle, self.seed, self.drop_last = int(batch_size), shuffle, seed, drop_last
+        self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
+        self._set_batch_size(batch_size)
         self._ordered: tuple[int, np.ndarray] | None = None  # the order of the epoch that was last asked for
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        full, rest = divmod(self._examples, self.batch_size)
-        return full + bool(rest and not self.drop_last)
+        whole, rest = self.left(0)
+        return whole + bool(rest)
 
-    @property
-    def ends_short(self) -> bool:
-        """Whether the last batch of an epoch has fewer examples than ``batch_size``."""
-        return not self.drop_last and self._examples % self.batch_size > 0
+    def with_batch_size(self, batch_size: int) -> ArrayLoader:
+        """Return a loader of the same arrays, in the same order, with another batch size.
+
+        >>> loader = ArrayLoader(np.arange(5), batch_size=2, shuffle=False)
+        >>> [batch.tolist() for batch in loader.with_batch_size(3)]
+        [[0, 1, 2], [3, 4]]
+        """
+        other = copy.copy(self)
+        other._set_batch_size(batch_size)
+        return other
+
+    def _set_batch_size(self, batch_size: int) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise ValueError(f"ArrayLoader: batch_size must be a positive whole number, got {batch_size!r}")
+        if self._examples < (batch_size if self.drop_last else 1):
+            raise ValueError(
+                f"ArrayLoader: {self._examples} examples make no batch of {batch_size}"
+                + (" when drop_last=True" if self._examples else "")
+            )
+        self.batch_size = int(batch_size)
+
+    def left(self, position: int) -> tuple[int, int]:
+        """What is left of an epoch from example ``position`` on: the whole batches, and the examples of a shorter last.
+
+        >>> ArrayLoader(np.arange(7), batch_size=2).left(2)
+        (2, 1)
+        """
+        whole, rest = divmod(self._examples - position, self.batch_size)
+        return whole, 0 if self.drop_last else rest
 
     def __iter__(self) -> Iterator[PyTree]:
         return self.batches(epoch=0)
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[PyTree]:
-        """Iterate over the batches of an epoch, from batch ``start`` on."""
+    def batches(self, epoch: int, position: int = 0) -> Iterator[PyTree]:
+        """Iterate over the batches of an epoch, from example ``position`` of its order on."""
         order = self._order(epoch)
-        for batch_idx in range(start, len(self)):
-            rows = self._rows(order, batch_idx, 1)
+        whole, rest = self.left(position)
+        for start in range(position, position + whole * self.batch_size + rest, self.batch_size):
+            rows = _rows(order, start, self.batch_size)
             yield jax.tree.unflatten(self._treedef, [leaf[rows] for leaf in self._leaves])
 
-    def stacked(self, epoch: int, start: int, count: int, rows: int) -> PyTree:
-        """Return ``count`` whole batches from batch ``start`` on, each leaf ``[rows, batch_size, ...]``.
+    def stacked(self, epoch: int, position: int, count: int, rows: int) -> PyTree:
+        """Return ``count`` whole batches from example ``position`` on, each leaf ``[rows, batch_size, ...]``.
 
         Rows from ``count`` on hold nothing.
         """
-        wanted = self._rows(self._order(epoch), start, count)
+        wanted = _rows(self._order(epoch), position, count * self.batch_size)
         stacked = [aligned_empty((rows, self.batch_size, *leaf.shape[1:]), leaf.dtype) for leaf in self._leaves]
         for to, leaf in zip(stacked, self._leaves, strict=True):
             flat = to[:count].reshape(-1, *leaf.shape[1:])
@@ -108,9 +129,10 @@ class ArrayLoader:
             self._ordered = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self._examples))
         return self._ordered[1]
 
-    def _rows(self, order: np.ndarray | None, start: int, count: int) -> Any:
-        rows = slice(start * self.batch_size, (start + count) * self.batch_size)
-        return rows if order is None else order[rows]
+
+def _rows(order: np.ndarray | None, position: int, examples: int) -> Any:
+    rows = slice(position, position + examples)
+    return rows if order is None else order[rows]
 
 
 def length_of(loader: Any) -> int | None:

@@ -1,6 +1,7 @@
 """Making callbacks: names, both styles, what is refused."""
 
 import dataclasses
+import re
 from typing import Any, cast
 
 import pytest
@@ -12,7 +13,7 @@ from ant_jax._callback import checked, hooks_of
 @dataclasses.dataclass(frozen=True)
 class Patience(ant.Callback):
     patience: int = 5
-    every: int | None = 10
+    every: int | range | None = 10
 
     def on_epoch_end(self, epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         return state, logs
@@ -68,9 +69,13 @@ def test_a_callback_cannot_change():
         Mutable()
 
 
-@pytest.mark.parametrize("every", [0, -1, 1.5, True, "often"])
+BAD_EVERY = [0, -1, 1.5, True, "often", range(0), range(0, 9, 3), range(-1, 3)]
+
+
+@pytest.mark.parametrize("every", BAD_EVERY, ids=repr)
 def test_a_bad_every_is_refused(every):
-    with pytest.raises(ValueError, match=f"'rare': every must be a whole number of batches or None, got {every!r}"):
+    got = re.escape(repr(every))
+    with pytest.raises(ValueError, match=rf"'rare': every must be a whole number of batches, a range .*, got {got}"):
         ant.Callback(name="rare", every=every)
     with pytest.raises(ValueError, match="every must be a whole number"):
         checked([Patience(every=every)])

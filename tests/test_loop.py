@@ -176,6 +176,28 @@ def test_windows_hold_every_batch_once_and_pair_begin_with_end(every):
         assert ends == 2 * [i for i in range(8) if (i + 1) % every == 0 or i == 7]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "begins", "ends"), [(range(2, 5), 2, 5), (range(5, 99), 5, 8), (range(8, 9), None, 0)]
+)
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_range_is_one_window_an_epoch(chosen, begins, ends, fuse):
+    seen: list[Any] = []
+
+    def begin(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        seen.append(batch_idx)
+        return state, logs
+
+    def end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        seen.append((batch_idx, state.batch_idx, len(logs.window["loss"])))
+        return state, logs
+
+    a_trainer = trainer(host(every=chosen, on_batch_begin=begin, on_batch_end=end), fuse=fuse)
+    state, _ = a_trainer.fit(a_trainer.init(batches()[0]), batches(8), 2)
+    assert seen == ([] if begins is None else 2 * [begins, (ends - 1, ends, ends - begins)])
+    bare = trainer(fuse=fuse)
+    assert_bit_equal(state, bare.fit(bare.init(batches()[0]), batches(8), 2)[0], "params")
+
+
 def test_a_window_that_a_run_goes_on_in_has_what_is_left_of_it():
     seen: list[tuple[int, int]] = []
     kept: list[Any] = []

@@ -11,7 +11,7 @@ import pytest
 from problems import adam, assert_bit_equal, batches, host, trainer
 
 import ant_jax as ant
-from ant_jax._snapshot import FIELDS
+from ant_jax._snapshot import FIELDS, HOST_FIELDS
 from ant_jax._state import HostFields
 
 
@@ -19,7 +19,7 @@ def test_every_field_of_a_state_is_saved():
     """Whoever adds a field decides how it is saved."""
     fields = {field.name for field in dataclasses.fields(ant.TrainState)}
     assert fields == {*FIELDS, "callback_states", "stop", "host", "skip"}  # nothing asks to skip between steps
-    assert {field.name for field in dataclasses.fields(HostFields)} == {"epoch", "batch_idx", "history", "published"}
+    assert {field.name for field in dataclasses.fields(HostFields)} == {*HOST_FIELDS, "history", "published"}
 
 
 CONTAINERS: dict[str, Any] = {

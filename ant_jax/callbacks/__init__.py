@@ -1,5 +1,6 @@
 """The library's own callbacks: factories of pure functions."""
 
+from ant_jax.callbacks._batch_size import batch_size_schedule as batch_size_schedule
 from ant_jax.callbacks._checkpoint import checkpoint as checkpoint
 from ant_jax.callbacks._combinators import chain as chain, every as every, tolerate as tolerate, when as when
 from ant_jax.callbacks._files import csv_log as csv_log, json_log as json_log

@@ -53,6 +53,8 @@ def every(callback: Callback, *, batches: int | None = None, epochs: int | None 
     in_step = [name for name in hooks if name in STEP_HOOKS or (name in BATCH_HOOKS and callback.traced)]
     if batches and not any(name in BATCH_HOOKS or name in STEP_HOOKS for name in hooks):
         raise ValueError(f"every: callback {callback.name!r} has no hook of batches; give epochs= alone")
+    if batches and isinstance(callback.every, range):
+        raise ValueError(f"every: callback {callback.name!r} looks at {callback.every} alone; give epochs=")
     blind = in_step + [name for name in hooks if callback.traced and name.startswith("on_evaluate")]
     if epochs and blind:
         raise ValueError(

@@ -98,6 +98,14 @@ def test_listed_first_it_counts_in_no_norm_and_listed_last_it_does():
     np.testing.assert_allclose(logs["grad_norm"], of_all, rtol=1e-6)
 
 
+def test_the_sign_of_a_zero_does_not_depend_on_what_the_compiler_makes_of_adding_zero():
+    callback: Any = library.freeze("encoder/bias")
+    state = network().init(batches()[0])
+    _, updates, _ = callback.on_before_apply(0, None, state, jax.tree.map(jnp.ones_like, state.params), {})
+    frozen = np.asarray(state.params["encoder"]["bias"]) + np.asarray(updates["encoder"]["bias"])
+    assert np.signbit(frozen).all()
+
+
 @pytest.mark.parametrize(
     ("filter", "named"),
     [("encodr/*", "'encodr/*'"), (["encoder/*", "head/*"], "'head/*'"), (lambda path: False, "<function <lambda>")],

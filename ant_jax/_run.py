@@ -1,0 +1,70 @@
+"""The facts of a run that is under way, for host hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+
+from ant_jax._engine import TrainProgram
+
+
+class Costs:
+    """What a run has cost so far; host hooks read it as ``trainer.costs``.
+
+    Args:
+        hook_seconds: of the trainer, counted on by who calls the hooks.
+
+    Attributes:
+        data_seconds: that the host has spent in the training loader, and in handing its batches to the device. Some of
+            it passes while the device computes.
+    """
+
+    def __init__(self, hook_seconds: Mapping[str, float]):
+        self.data_seconds = 0.0
+        self._hook_seconds, self._before = hook_seconds, dict(hook_seconds)
+        self._program: TrainProgram | None = None
+
+    @property
+    def hook_seconds(self) -> dict[str, float]:
+        """How long each callback's hooks have taken on the host, by the callback's name."""
+        return {name: seconds - self._before[name] for name, seconds in self._hook_seconds.items()}
+
+    @property
+    def step_flops(self) -> float | None:
+        """Floating-point operations of one step at the present batch size, by XLA's own count.
+
+        Forward, backward, hooks and optimizer. XLA counts the body of a loop, such as a ``scan`` over layers, once.
+        ``None`` before the first batch, and where XLA does not tell. The first time it takes as long as lowering the
+        step does.
+        """
+        return None if self._program is None else self._program.flops
+
+    def runs(self, program: TrainProgram) -> None:
+        """Note the program that runs from now on."""
+        self._program = program
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time of the body as ``data_seconds``."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.data_seconds += time.perf_counter() - began
+
+
+@dataclasses.dataclass
+class Run:
+    """One call of ``fit``, as host hooks may know it.
+
+    Attributes:
+        num_epochs: in all.
+        steps_per_epoch: batches in the epoch under way; ``None`` if nobody can tell.
+        costs: so far.
+    """
+
+    num_epochs: int
+    steps_per_epoch: int | None
+    costs: Costs
