@@ -16,11 +16,11 @@ from ant_jax._interrupt import LaunchGuard
 from ant_jax._live import DevicePart, Live, device_part
 from ant_jax._models import PureModel, initialized
 from ant_jax._pace import Pace
-from ant_jax._state import TrainState, refuse_mismatch, scalar
+from ant_jax._state import Accumulator, TrainState, refuse_mismatch, scalar
 from ant_jax._step import Step
 from ant_jax._sums import LogSums, PackedLogs, pack, zero_sums
 from ant_jax._trees import PyTree
-from ant_jax.data import inputs_of
+from ant_jax.data import batch_size_of, inputs_of
 
 
 Fuse = Literal["auto"] | bool
@@ -37,6 +37,7 @@ class Launch(NamedTuple):
 
     Attributes:
         steps: how many.
+        examples: in the batch of each.
         latest: the logs of the last step.
         rows: the logs of every batch of the chunk, each ``[rows, ...]``, where ``start`` to ``start + steps`` are this
             launch's; ``None`` after a single step outside the loop.
@@ -44,16 +45,18 @@ class Launch(NamedTuple):
     """
 
     steps: int
+    examples: int
     latest: Mapping[str, jax.Array]
     rows: PackedLogs | None
     start: int
 
     def read(self) -> dict[str, np.ndarray]:
         """Return the logs of every step, ``[steps, ...]``; waits for the device."""
+        sizes = {"batch_size": np.full(self.steps, self.examples)}
         if self.rows is None:
-            return {name: np.asarray(log)[None] for name, log in self.latest.items()}
+            return sizes | {name: np.asarray(log)[None] for name, log in self.latest.items()}
         rows = jax.tree.map(lambda log: np.asarray(log)[self.start : self.start + self.steps], self.rows)
-        return rows.unpacked()
+        return sizes | rows.unpacked()
 
 
 class Cursor:
@@ -95,8 +98,6 @@ class TrainProgram:
         may_stop: whether a traced hook can end a launch early.
         fused: see ``fuse``.
         pace: how many steps a launch should have.
-        flops: of one step, by XLA's count, made when it is first asked for; ``None`` where XLA does not tell.
-        begin_epoch: returns the sums and, made of any, the accumulation window that an epoch begins with.
     """
 
     def __init__(self, step: Step, part: DevicePart, key: jax.Array, batch: PyTree, fuse: Fuse, guard: LaunchGuard):
@@ -104,7 +105,7 @@ class TrainProgram:
         state, batch = _avals(part.state(key)), _avals(batch)
         # The one time that the step is traced: the programs below call `_step`, and meet the trace in jit's cache.
         traced = self._step.trace(state, batch, _aval(jnp.int32), _aval(jnp.bool_))
-        self._traced = traced
+        self._traced, self._examples = traced, batch_size_of(batch)
         self.logs: dict[str, jax.ShapeDtypeStruct] = traced.out_info.logs
         self.may_stop = traced.out_info.stop is not None
         self.fused = _is_fused(fuse, traced.jaxpr)
@@ -116,12 +117,17 @@ class TrainProgram:
         self._by_hand = jax.jit(self._run_by_hand)
         self._one = jax.jit(self._run_alone, donate_argnums=0)
         self._many = jax.jit(self._run_many, donate_argnums=0)
-        self.begin_epoch = jax.jit(lambda window: (zero_sums(self.logs), jax.tree.map(jnp.zeros_like, window)))
+
+    def begin_epoch(self, window: Accumulator | None) -> tuple[LogSums, Accumulator | None]:
+        """Return the sums and, made of any, the accumulation window that an epoch begins with."""
+        return _zeros(tuple(self.logs.items()), window)
 
     @functools.cached_property
-    def flops(self) -> float | None:
+    def flops_per_example(self) -> float | None:
+        """Floating-point operations of a step for each of its examples; ``None`` where XLA does not tell."""
         analysis = self._traced.lower().cost_analysis()
-        return None if analysis is None else analysis.get("flops")
+        flops = None if analysis is None else analysis.get("flops")
+        return None if flops is None else flops / self._examples
 
     def launch(self, live: Live, cursor: Cursor, count: int) -> Launch:
         """Train on the next ``count`` batches of the cursor's chunk, and move the cursor on.
@@ -135,7 +141,7 @@ class TrainProgram:
             with self._guard:
                 leaves, stop, latest = self._one(live.take(), live.key_data, chunk.batches, cursor.offset, ends)
                 live.give(leaves)
-            launch = Launch(1, latest, None, 0)
+            launch = Launch(1, chunk.examples, latest, None, 0)
         else:
             rows = scalar(start), scalar(start + count), scalar(chunk.filled - 1 if ends else -1)
             with self._guard:
@@ -143,7 +149,7 @@ class TrainProgram:
                     live.take(), live.key_data, chunk.batches, cursor.offset, *rows
                 )
                 live.give(leaves)
-            launch = Launch(count if done is None else int(done) - start, latest, logs, start)
+            launch = Launch(count if done is None else int(done) - start, chunk.examples, latest, logs, start)
         if stop is not None:
             live.stop = live.stop or bool(stop)
         cursor.row += launch.steps
@@ -211,7 +217,6 @@ class EvaluationProgram:
 
     Attributes:
         fused: whether all batches of a chunk run in one launch.
-        zero_sums: returns the sums of no batch.
     """
 
     def __init__(self, step: Step, params: PyTree, model_state: PyTree, batch: Any, fuse: Fuse):
@@ -219,9 +224,12 @@ class EvaluationProgram:
         traced = self._step.trace(_avals(params), _avals(model_state), _avals(batch))
         self._logs: dict[str, jax.ShapeDtypeStruct] = traced.out_info
         self.fused = _is_fused(fuse, traced.jaxpr)
-        self.zero_sums = jax.jit(lambda: zero_sums(self._logs))
         self._one = jax.jit(self._add_one)
         self._many = jax.jit(self._add_many)
+
+    def zero_sums(self) -> LogSums:
+        """Return the sums of no batch."""
+        return _zeros(tuple(self._logs.items()), None)[0]
 
     def add(self, params: PyTree, model_state: PyTree, chunk: Chunk, sums: LogSums) -> LogSums:
         """Add the logs of a chunk's batches, weighted by examples, to ``sums``."""
@@ -242,6 +250,12 @@ class EvaluationProgram:
             return self._add_one(params, model_state, batch, examples, sums)
 
         return lax.fori_loop(0, count, body, sums)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _zeros(logs: tuple[tuple[str, jax.ShapeDtypeStruct], ...], window: Any) -> tuple[LogSums, Any]:
+    # One program for all of a kind, whatever the size of their batches.
+    return zero_sums(dict(logs)), jax.tree.map(jnp.zeros_like, window)
 
 
 class Programs:

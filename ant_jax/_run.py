@@ -32,14 +32,14 @@ class Costs:
         return {name: seconds - self._before[name] for name, seconds in self._hook_seconds.items()}
 
     @property
-    def step_flops(self) -> float | None:
-        """Floating-point operations of one step at the present batch size, by XLA's own count.
+    def flops_per_example(self) -> float | None:
+        """Floating-point operations of a step for each of its examples, by XLA's own count.
 
         Forward, backward, hooks and optimizer. XLA counts the body of a loop, such as a ``scan`` over layers, once.
         ``None`` before the first batch, and where XLA does not tell. The first time it takes as long as lowering the
         step does.
         """
-        return None if self._program is None else self._program.flops
+        return None if self._program is None else self._program.flops_per_example
 
     def runs(self, program: TrainProgram) -> None:
         """Note the program that runs from now on."""

@@ -43,3 +43,9 @@ class Compilations:
 @pytest.fixture
 def compilations() -> Iterator[Compilations]:
     yield Compilations()
+
+
+@pytest.fixture
+def nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For callbacks that measure: so that only the clock counts."""
+    monkeypatch.setattr("ant_jax.callbacks._compile_time.CompileTime._add", lambda *arguments, **named: None)

@@ -83,3 +83,26 @@ def assert_bit_equal(a: ant.TrainState, b: ant.TrainState, *fields: str) -> None
         assert jax.tree.structure(left) == jax.tree.structure(right), field
         for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
             np.testing.assert_array_equal(numbers(x), numbers(y), err_msg=field, strict=True)
+
+
+class Clock:
+    """Stands still but where a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def passing(self, **seconds: float) -> ant.Callback:
+        """Let so much time pass in some hooks."""
+
+        def hook_of(by: float) -> Any:
+            def hook(*arguments: Any) -> Any:
+                self.now += by
+                return arguments[-2:]
+
+            return hook
+
+        hooks: Any = {name: hook_of(by) for name, by in seconds.items()}
+        return host("passing", **hooks)

@@ -48,6 +48,10 @@ library = ant.callbacks
 injected = {"optimizer": adam}
 CASES: dict[str, Case] = {
     "adaptive_grad_clip": Case(lambda path: library.adaptive_grad_clip(Hyperparam(0.01))),
+    "batch_size_schedule": Case(lambda path: library.batch_size_schedule({0: 2 * BATCH})),
+    "batch_size_schedule per batch": Case(
+        lambda path: library.batch_size_schedule({0: BATCH, 2: 2 * BATCH}, per="batch"), looks=20
+    ),
     "centralize": Case(lambda path: library.centralize()),
     "chain": Case(lambda path: library.chain(library.zero_nans(), library.gradient_noise(0.01))),
     "chain on the host": Case(
@@ -87,8 +91,12 @@ CASES: dict[str, Case] = {
     ),
     "log_hyperparams": Case(lambda path: library.log_hyperparams("learning_rate"), injected),
     "log_progress": Case(lambda path: library.log_progress(2, printer=str, clock=stopped_clock)),
+    "memory": Case(lambda path: library.memory(reader=lambda device: {"bytes_in_use": 1, "peak_bytes_in_use": 2})),
     "mlflow": Case(lambda path: library.mlflow(tracking_uri=f"{path.parent}/mlflow", every=4), looks=4, twice=False),
     "plot_history": Case(lambda path: library.plot_history(path / "history.png")),
+    "profile": Case(lambda path: library.profile(path / "traces", start=0, steps=2, epoch=1), looks=20),
+    "profile_steps": Case(lambda path: library.profile_steps(printer=str, clock=stopped_clock)),
+    "profile_steps every": Case(lambda path: library.profile_steps(every=5, printer=str, clock=stopped_clock), looks=5),
     "progress_bar": Case(lambda path: library.progress_bar(file=io.StringIO(), clock=stopped_clock)),
     "reduce_on_plateau": Case(lambda path: library.reduce_on_plateau("train_loss", patience=0), injected),
     "skip_nonfinite": Case(lambda path: library.skip_nonfinite()),
@@ -97,6 +105,7 @@ CASES: dict[str, Case] = {
     "swa": Case(lambda path: library.swa(1, evaluate=True)),
     "tensorboard": Case(lambda path: library.tensorboard(path / "events", every=4), looks=4),
     "terminate_on_nan": Case(lambda path: library.terminate_on_nan()),
+    "throughput": Case(lambda path: library.throughput(peak_flops=1e12, clock=stopped_clock)),
     "time_limit": Case(lambda path: library.time_limit(1.0, clock=stopped_clock)),
     "tolerate": Case(lambda path: library.tolerate(library.csv_log(path / "log.csv"))),
     "wandb": Case(lambda path: library.wandb("digits", every=4), looks=4, twice=False),

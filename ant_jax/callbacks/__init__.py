@@ -20,7 +20,9 @@ from ant_jax.callbacks._guards import (
     terminate_on_nan as terminate_on_nan,
 )
 from ant_jax.callbacks._log_progress import log_progress as log_progress
+from ant_jax.callbacks._measures import memory as memory, throughput as throughput
 from ant_jax.callbacks._plot import plot_history as plot_history
+from ant_jax.callbacks._profiling import profile as profile, profile_steps as profile_steps
 from ant_jax.callbacks._progress_bar import progress_bar as progress_bar
 from ant_jax.callbacks._schedules import (
     learning_rate_schedule as learning_rate_schedule,

@@ -10,6 +10,7 @@ import numpy as np
 
 from ant_jax._callback import Callback
 from ant_jax._history import to_python
+from ant_jax.callbacks._printing import print_beside_bars
 
 
 def log_progress(
@@ -42,7 +43,7 @@ def log_progress(
     """
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"log_progress: every must be a positive whole number of batches, got {every!r}")
-    lines = _Lines(every, clock, printer or _print_beside_bars)  # no part of the run's state, so no memory keeps it
+    lines = _Lines(every, clock, printer or print_beside_bars)  # no part of the run's state, so no memory keeps it
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
@@ -50,13 +51,8 @@ def log_progress(
         return state, logs
 
     def on_epoch_begin(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
-        lines.begin_epoch(0)
+        lines.begin_epoch()
         lines.say(f"epoch {epoch + 1}/{trainer.num_epochs}")
-        return state, logs
-
-    def on_batch_begin(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
-        del batch_idx, trainer
-        lines.batch_size = logs["batch_size"]
         return state, logs
 
     def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
@@ -86,10 +82,9 @@ def log_progress(
 
     return Callback(
         name=name,
-        every=None,  # it needs the batches' logs and not the state, so it need not make the host look at any of them
+        every=None,  # it gets every batch's logs all the same, so it need not make the host look at any of them
         on_train_begin=on_train_begin,
         on_epoch_begin=on_epoch_begin,
-        on_batch_begin=on_batch_begin,
         on_batch_end=on_batch_end,
         on_evaluate_begin=on_evaluate_begin,
         on_epoch_end=on_epoch_end,
@@ -103,14 +98,13 @@ class _Lines:
 
     def __init__(self, every: int, clock: Callable[[], float], printer: Callable[[str], Any]):
         self._every, self._clock, self.say = every, clock, printer
-        self.batch_size = 0
-        self.begin_epoch(0)
+        self.begin_epoch()
 
-    def begin_epoch(self, batches_done: int) -> None:
+    def begin_epoch(self, batches_done: int = 0) -> None:
         self._began = self._line_began = self._read_at = self._ended = self._clock()
         self._done, self._total = batches_done, ""
         self._waiting: Any = None
-        self._parts: list[tuple[dict[str, np.ndarray], int]] = []  # of the next line: logs and examples
+        self._parts: list[dict[str, np.ndarray]] = []  # the logs of the next line
 
     def look(self, logs: Any, steps_per_epoch: int | None) -> None:
         # Reading logs that are not there yet waits for the device, and then the device for its next launch. So what was
@@ -140,9 +134,7 @@ class _Lines:
         start = 0
         while start < count:
             end = min(count, start + self._every - (self._done % self._every))
-            # Only the last batch of a window may be shorter than the others.
-            examples = (end - start) * self.batch_size + (end == count) * (logs["batch_size"] - self.batch_size)
-            self._parts.append(({name: values[start:end] for name, values in window.items()}, examples))
+            self._parts.append({name: values[start:end] for name, values in window.items()})
             self._done += end - start
             self._ended = before + (self._read_at - before) * end / count
             if self._done % self._every == 0:
@@ -151,16 +143,11 @@ class _Lines:
 
     def _print(self) -> None:
         parts, self._parts = self._parts, []
-        means = {name: np.mean(np.concatenate([values[name] for values, _ in parts])) for name in parts[0][0]}
-        rate = sum(examples for _, examples in parts) / max(self._ended - self._line_began, 1e-9)
+        values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        rate = sum(values.pop("batch_size")) / max(self._ended - self._line_began, 1e-9)
+        means = {name: np.mean(of_batches) for name, of_batches in values.items()}
         self._line_began = self._ended
         self.say(f"  batch {self._done}{self._total}: {_in_words(means)} ({rate:,.0f} examples/s)")
-
-
-def _print_beside_bars(line: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(line)
 
 
 def _in_words(values: Mapping[str, Any]) -> str:

@@ -46,8 +46,7 @@ def progress_bar(
         return state, logs
 
     def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        bars[0].batch_done(state.epoch, batch_idx, logs)
+        bars[0].batch_done(trainer.steps_per_epoch, state.epoch, batch_idx, logs)
         return state, logs
 
     def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
@@ -93,9 +92,9 @@ class _Bar:
         self._file, self._clock, self._tqdm = file, clock, tqdm
         self._epochs: int = trainer.num_epochs
         self._steps_per_epoch: int | None = trainer.steps_per_epoch
-        self._first_epoch, self._epoch = state.epoch, state.epoch
-        self._initial: int = (self._steps_per_epoch or 0) * state.epoch + state.batch_idx
-        self._steps, self._steps_before = self._initial, self._initial - state.batch_idx
+        self._epoch = self._epochs_done = state.epoch
+        self._steps = self._initial = int(state.step)
+        self._steps_before = self._initial - state.batch_idx  # those of the epochs that are done
         self._description, self._logs, self._val_logs = "compiling", {}, {}
         self._evaluated = False
         self._began = self._drawn = clock()
@@ -115,7 +114,8 @@ class _Bar:
         else:
             self._draw()
 
-    def batch_done(self, epoch: int, batch_idx: int, logs: Mapping[str, Any]) -> None:
+    def batch_done(self, steps_per_epoch: int | None, epoch: int, batch_idx: int, logs: Mapping[str, Any]) -> None:
+        self._steps_per_epoch = steps_per_epoch or self._steps_per_epoch
         self._steps = self._steps_before + batch_idx + 1
         self._epoch, self._logs = epoch, logs
         self._description = f"epoch {epoch + 1}/{self._epochs}"
@@ -128,7 +128,7 @@ class _Bar:
             self._bar.set_description(self._description)
 
     def epoch_done(self, state: Any, logs: Mapping[str, Any]) -> None:
-        self._steps_before = self._steps
+        self._steps_before, self._epochs_done = self._steps, state.epoch + 1
         if self._steps_per_epoch is None and not state.stop:
             self._steps_per_epoch = state.batch_idx  # now it is known
         self._logs = {name.removeprefix("train_"): log for name, log in logs.items() if name.startswith("train_")}
@@ -142,7 +142,9 @@ class _Bar:
             self._bar.close()
 
     def _total(self) -> int | None:
-        return None if self._steps_per_epoch is None else self._steps_per_epoch * self._epochs
+        if self._steps_per_epoch is None:
+            return None
+        return self._steps_before + self._steps_per_epoch * (self._epochs - self._epochs_done)
 
     def _draw_if_due(self) -> None:
         if self._clock() - self._drawn >= self._seconds:
