@@ -85,8 +85,6 @@ class History(Sequence[dict[str, Any]]):
         Raises:
             KeyError: a name is not in the history.
         """
-        from matplotlib import pyplot
-
         columns = {name: values for name, values in self.to_dict().items() if all(np.ndim(v) == 0 for v in values)}
         unknown = [name for name in names if name not in columns]
         if unknown:
@@ -94,6 +92,8 @@ class History(Sequence[dict[str, Any]]):
                 f"history.plot: no scalar named {unknown[0]!r}; there are {', '.join(columns) or 'none yet'}"
             )
         if ax is None:
+            from matplotlib import pyplot
+
             _, ax = pyplot.subplots()
         for name in names or columns:
             ax.plot(range(len(self)), columns[name], marker="." if len(self) < 30 else None, label=name)

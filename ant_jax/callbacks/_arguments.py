@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import numbers
 from typing import Any
@@ -70,6 +71,12 @@ def check_name(owner: str, argument: str, value: Any) -> None:
     """Refuse what is not a string that names something."""
     if not isinstance(value, str) or not value:
         refuse(owner, argument, "a name", value)
+
+
+def require(owner: str, package: str, extra: str) -> None:
+    """Raise ImportError, naming the factory and the extra, unless the package is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f'{owner}: the package {package} is not installed; pip install "ant_jax[{extra}]"')
 
 
 def _is_finite(value: Any) -> bool:

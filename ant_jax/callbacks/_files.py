@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ant_jax._callback import Callback
+from ant_jax.callbacks._background import replacing
 from ant_jax.callbacks._records import recording
 
 
@@ -21,8 +23,9 @@ def csv_log(path: str | os.PathLike[str], *, every: int | None = None, name: str
     """Write the logs as a table, a row an epoch or a row every so many batches.
 
     On the host; the file is written in the background, and every row is there as soon as it is written. A run that goes
-    on drops the rows of the steps that it does again, so the file ends like that of a run that was not interrupted; a
-    run from step 0 begins the file anew. A log that appears later gets a column then. Arrays are left out.
+    on drops the rows of what it does again, and one that was torn when a process was killed, so the file ends like that
+    of a run that was not interrupted; a run from step 0 begins the file anew. A log that appears later gets a column
+    then. Arrays are left out.
 
     Args:
         path: of the file; its directory is made.
@@ -45,7 +48,7 @@ def json_log(path: str | os.PathLike[str], *, every: int | None = None, name: st
     """Write the logs as JSON lines, one object an epoch, and one every so many batches.
 
     On the host; the file is written in the background, and every line is there as soon as it is written. A run that
-    goes on drops the lines of the steps that it does again, as in :func:`csv_log`. What is not finite is ``null``, an
+    goes on drops the lines of what it does again, as in :func:`csv_log`. What is not finite is ``null``, an
     array a list.
 
     Args:
@@ -66,84 +69,105 @@ def json_log(path: str | os.PathLike[str], *, every: int | None = None, name: st
 
 
 class _File:
-    """A text file that loses the records of steps that are done again when it is opened."""
+    """A text file of rows, ``{"epoch": ..., "step": ..., ...}``, kept in a format that is up to the subclass."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path
         self._file: TextIO | None = None
 
-    def _begin(self, text: str) -> None:
-        """Put ``text`` in the place of the file, at once or not at all, to go on writing behind it."""
-        self.close(None)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._path.with_name(f".{self._path.name}.new")
-        beside.write_text(text, newline="")
-        beside.replace(self._path)
-        self._file = self._path.open("a", newline="")
-
-    def _append(self, text: str) -> None:
-        if self._file is None:
-            raise ValueError(f"{self._path} is not open")
-        self._file.write(text)
-        self._file.flush()
+    def open(self, memory: Any, epoch: int, step: int) -> Any:
+        rows = self._read() if step else []
+        self._put([row for row in rows if _is_behind(row, epoch, step)])
+        return memory
 
     def close(self, error: BaseException | None) -> None:
         del error
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None  # also where closing fails
+        if file is not None:
+            file.close()
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The rows in the file, but for the one that a process was writing when it was killed."""
+        text = self._path.read_bytes() if self._path.exists() else b""
+        return self._parsed(text[: text.rfind(b"\n") + 1].decode())
+
+    def _put(self, rows: list[dict[str, Any]]) -> None:
+        """Make a file of these rows in the place of the one there is, at once or not at all."""
+        self.close(None)
+        with replacing(self._path) as beside:
+            beside.write_text(self._as_text(rows), encoding="utf-8", newline="")
+
+    def _append(self, text: str) -> None:
+        if self._file is None:
+            self._file = self._path.open("a", encoding="utf-8", newline="")
+        self._file.write(text)
+        self._file.flush()
+
+    def _parsed(self, text: str) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def _as_text(self, rows: list[dict[str, Any]]) -> str:
+        raise NotImplementedError
 
 
 class _Lines(_File):
     """JSON lines."""
 
-    def open(self, memory: Any, step: int) -> Any:
-        lines = self._path.read_text().splitlines() if step and self._path.exists() else []
-        self._begin("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
-        return memory
-
-    def write(self, record: Mapping[str, Any], epoch: int, step: int, of_epoch: bool) -> None:
-        del of_epoch
+    def write(self, record: Mapping[str, Any], epoch: int, step: int) -> None:
         values = {log: _plain(np.asarray(value).tolist()) for log, value in record.items()}
-        self._append(json.dumps({"epoch": epoch, "step": step, **values}) + "\n")
+        self._append(self._as_text([{"epoch": epoch, "step": step, **values}]))
+
+    def _parsed(self, text: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in text.splitlines()]
+
+    def _as_text(self, rows: list[dict[str, Any]]) -> str:
+        return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 class _Table(_File):
-    """Comma-separated values."""
+    """Comma-separated values. A row has no entry where its cell is empty."""
 
     def __init__(self, path: pathlib.Path):
         super().__init__(path)
         self._columns: list[str] = []
 
-    def open(self, memory: Any, step: int) -> Any:
-        rows = [row for row in self._read() if int(row["step"]) <= step] if step else []
-        self._columns = list(rows[0]) if rows else ["epoch", "step"]
-        self._begin(self._as_text(rows, header=True))
-        return memory
-
-    def write(self, record: Mapping[str, Any], epoch: int, step: int, of_epoch: bool) -> None:
-        del of_epoch
+    def write(self, record: Mapping[str, Any], epoch: int, step: int) -> None:
         row = {"epoch": epoch, "step": step, **{log: value for log, value in record.items() if np.ndim(value) == 0}}
         if row.keys() <= set(self._columns):
-            self._append(self._as_text([row]))
-            return
-        rows = [*self._read(), row]
-        self._columns = list(dict.fromkeys([*self._columns, *row]))
-        self._begin(self._as_text(rows, header=True))
+            self._append(_as_csv(self._columns, [row]))
+        else:
+            self._put([*self._read(), row])
 
-    def _read(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        with self._path.open(newline="") as file:
-            return list(csv.DictReader(file))
+    def _put(self, rows: list[dict[str, Any]]) -> None:
+        super()._put(rows)
+        self._columns = _columns_of(rows)  # not before the file has them
 
-    def _as_text(self, rows: Iterable[Mapping[str, Any]], header: bool = False) -> str:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
+    def _parsed(self, text: str) -> list[dict[str, Any]]:
+        rows = csv.DictReader(io.StringIO(text, newline=""))
+        return [{name: value for name, value in row.items() if value} for row in rows]
+
+    def _as_text(self, rows: list[dict[str, Any]]) -> str:
+        columns = _columns_of(rows)
+        return _as_csv(columns, [dict(zip(columns, columns, strict=True)), *rows])
+
+
+def _is_behind(row: Mapping[str, Any], epoch: int, step: int) -> bool:
+    """Whether a run whose next epoch to end is ``epoch``, and that has done ``step`` batches, is past what a row tells.
+
+    An epoch can end anew at the very step of its row: after an exception between its last batch and the next epoch. The
+    means over its batches, ``train_...``, tell its row from that of its last batches.
+    """
+    return int(row["step"]) <= step and (int(row["epoch"]) < epoch or "train_loss" not in row)
+
+
+def _columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(itertools.chain(["epoch", "step"], *rows)))
+
+
+def _as_csv(columns: list[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def _plain(value: Any) -> Any:

@@ -8,14 +8,15 @@ from typing import Any
 
 from ant_jax._callback import Callback
 from ant_jax._history import History
-from ant_jax.callbacks._background import Writer
+from ant_jax.callbacks._arguments import refuse, require
+from ant_jax.callbacks._background import Writer, replacing
 
 
 def plot_history(path: str | os.PathLike[str], *names: str, name: str = "plot_history") -> Callback:
     """Draw the history after every epoch, as a file that can be watched.
 
-    On the host, drawn in the background by matplotlib (the extra ``plot``); the file is replaced at once, so that a
-    viewer never sees half of it.
+    On the host, drawn in the background by matplotlib; the file is replaced at once, so that a viewer never sees half
+    of it. Where epochs pass faster than they are drawn, some pictures are left out, never the last one.
 
     Args:
         path: of the picture; the suffix says which format. Its directory is made.
@@ -26,16 +27,20 @@ def plot_history(path: str | os.PathLike[str], *names: str, name: str = "plot_hi
         A host callback.
 
     Raises:
+        ImportError: the package ``matplotlib`` is not installed (the extra ``plot``).
+        ValueError: matplotlib writes no files with the suffix of ``path``.
         KeyError: after the first epoch, if there is no scalar of a name; the message lists those there are.
 
     >>> plot_history("runs/digits.png", "train_loss", "val_loss")
     Callback(name='plot_history', hooks=on_checkpoint, on_train_end, on_exception)
     """
+    require("plot_history", "matplotlib", "plot")
     target, writer = pathlib.Path(path), Writer()
+    _check_suffix(target)
 
     def on_checkpoint(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
-        writer.submit(_draw, state.history, names, target)
+        writer.replace(_draw, state.history, names, target)
         return state, logs
 
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
@@ -51,12 +56,18 @@ def plot_history(path: str | os.PathLike[str], *names: str, name: str = "plot_hi
     return Callback(name=name, on_checkpoint=on_checkpoint, on_train_end=on_train_end, on_exception=on_exception)
 
 
+def _check_suffix(path: pathlib.Path) -> None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    allowed = sorted(f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.lower() not in allowed:
+        refuse("plot_history", "the suffix of path", f"one of {', '.join(allowed)}", path.suffix)
+
+
 def _draw(history: History, names: tuple[str, ...], target: pathlib.Path) -> None:
     from matplotlib.figure import Figure  # not pyplot, which belongs to the main thread
 
     figure = Figure()
     history.plot(*names, ax=figure.subplots())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".new.{target.name}")
-    figure.savefig(beside)
-    beside.replace(target)
+    with replacing(target) as beside:
+        figure.savefig(beside)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ant_jax._callback import Callback
+from ant_jax.callbacks._arguments import require
 from ant_jax.callbacks._records import recording
 
 
@@ -35,7 +35,7 @@ def tensorboard(directory: str | os.PathLike[str], *, every: int | None = None, 
     >>> tensorboard("runs/digits", every=100).every
     100
     """
-    _require("tensorboard", "tensorboard", "tensorboard")
+    require("tensorboard", "tensorboard", "tensorboard")
     return recording("tensorboard", name, _Events(os.fspath(directory)), every)
 
 
@@ -64,7 +64,7 @@ def wandb(
     >>> wandb("digits", every=100, tags=["baseline"]).every
     100
     """
-    _require("wandb", "wandb", "wandb")
+    require("wandb", "wandb", "wandb")
     sink = _Wandb({"project": project, "resume": "allow", **init_arguments})
     return recording("wandb", name, sink, every, memory={"run_id": None})
 
@@ -97,7 +97,7 @@ def mlflow(
     >>> mlflow("digits", every=100).every
     100
     """
-    _require("mlflow", "mlflow", "mlflow")
+    require("mlflow", "mlflow", "mlflow")
     return recording("mlflow", name, _Mlflow(experiment, tracking_uri), every, memory={"run_id": None})
 
 
@@ -108,20 +108,21 @@ class _Events:
         self._directory = directory
         self._writer: Any = None
 
-    def open(self, memory: Any, step: int) -> Any:
+    def open(self, memory: Any, epoch: int, step: int) -> Any:
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+        del epoch
         self._writer = EventFileWriter(self._directory)
         if step:  # what was written of later steps, before the run was killed, is forgotten
             start = _message(event_pb2, "SessionLog")
             self._add(event_pb2, step=step + 1, session_log=start(status=start.START))
         return memory
 
-    def write(self, record: Mapping[str, Any], epoch: int, step: int, of_epoch: bool) -> None:
+    def write(self, record: Mapping[str, Any], epoch: int, step: int) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
 
-        del epoch, of_epoch
+        del epoch
         summary = _message(summary_pb2, "Summary")
         values = [summary.Value(tag=log, simple_value=value) for log, value in _scalars(record).items()]
         self._add(event_pb2, step=step, summary=summary(value=values))
@@ -144,17 +145,16 @@ class _Wandb:
         self._arguments = init_arguments
         self._run: Any = None
 
-    def open(self, memory: Any, step: int) -> Any:
+    def open(self, memory: Any, epoch: int, step: int) -> Any:
         import wandb
 
-        del step
+        del epoch, step
         known = {} if memory["run_id"] is None else {"id": memory["run_id"]}
         self._run = wandb.init(**{**self._arguments, **known})
         return {"run_id": self._run.id}
 
-    def write(self, record: Mapping[str, Any], epoch: int, step: int, of_epoch: bool) -> None:
+    def write(self, record: Mapping[str, Any], epoch: int, step: int) -> None:
         # W&B takes one row a step; the last batches of an epoch and the epoch share theirs.
-        del of_epoch
         self._run.log({"epoch": epoch, **_scalars(record)}, step=step)
 
     def close(self, error: BaseException | None) -> None:
@@ -171,10 +171,10 @@ class _Mlflow:
         self._client: Any = None
         self._run_id = ""
 
-    def open(self, memory: Any, step: int) -> Any:
+    def open(self, memory: Any, epoch: int, step: int) -> Any:
         from mlflow.tracking import MlflowClient
 
-        del step
+        del epoch, step
         self._client = MlflowClient(tracking_uri=self._uri)
         if memory["run_id"] is None:
             found = self._client.get_experiment_by_name(self._experiment)
@@ -185,10 +185,10 @@ class _Mlflow:
             self._client.update_run(self._run_id, status="RUNNING")
         return {"run_id": self._run_id}
 
-    def write(self, record: Mapping[str, Any], epoch: int, step: int, of_epoch: bool) -> None:
+    def write(self, record: Mapping[str, Any], epoch: int, step: int) -> None:
         from mlflow.entities import Metric
 
-        del epoch, of_epoch
+        del epoch
         now = int(1000 * time.time())
         metrics = [Metric(log, value, now, step) for log, value in _scalars(record).items()]
         self._client.log_batch(self._run_id, metrics=metrics)
@@ -208,8 +208,3 @@ def _message(module: Any, name: str) -> Any:
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
     return {log: float(value) for log, value in record.items() if np.ndim(value) == 0}
-
-
-def _require(owner: str, package: str, extra: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(f'{owner}: the package {package} is not installed; pip install "ant_jax[{extra}]"')

@@ -92,7 +92,8 @@ def test_a_request_holds_from_the_next_batch_on(hook):
         due = {"on_batch_begin": lead == [2], "on_batch_end": lead == [2], "on_epoch_end": lead == [0]}
         return state.request_batch_size(10) if due.get(hook, state.epoch == 0) else state, logs
 
-    fit(watcher(seen), host("asks", **{hook: ask}), epochs=2)
+    hooks: Any = {hook: ask}
+    fit(watcher(seen), host("asks", **hooks), epochs=2)
     first = {"on_batch_begin": [4, 4, 10, 10, 2], "on_batch_end": [4, 4, 4, 10, 8], "on_epoch_end": [4] * 7 + [2]}
     assert sizes_of(seen, 0) == first.get(hook, [10, 10, 10])
     assert sizes_of(seen, 1) == [10] * 3
@@ -166,7 +167,8 @@ def test_refuses_what_has_no_meaning():
     with pytest.raises(ant.BatchError, match="asked for batches of 8 examples, and train_loader is a list"):
         fit(ant.callbacks.batch_size_schedule({0: 8}), batches=[data(4)])
     state = trainer().init(data(4))
-    for size in (0, 2.5, True):
+    bad: list[Any] = [0, 2.5, True]
+    for size in bad:
         with pytest.raises(ValueError, match=f"batch_size must be a positive whole number, got {size}"):
             state.request_batch_size(size)
     with pytest.raises(ValueError, match="from_batch=-1 is past; the next batch is 0"):

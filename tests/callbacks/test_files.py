@@ -1,6 +1,7 @@
 """Logs as files: what is in them, that they survive faults, and that a run that goes on writes the same file."""
 
 import csv
+import itertools
 import json
 import pathlib
 import threading
@@ -11,7 +12,8 @@ import pytest
 from problems import batches, host, trainer
 
 import ant_jax as ant
-from ant_jax.callbacks import _records
+from ant_jax._callback import hooks_of
+from ant_jax.callbacks import _files, _records
 
 
 FACTORIES = {"csv": ant.callbacks.csv_log, "json": ant.callbacks.json_log}
@@ -56,6 +58,15 @@ def test_records_of_batches_are_means_over_all_of_them(kind, of_epochs, tmp_path
     np.testing.assert_allclose([row["loss"] for row in of_batches], wanted, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_means_are_over_the_examples(kind, tmp_path):
+    path = tmp_path / f"log.{kind}"
+    a_trainer = trainer(FACTORIES[kind](path, every=100))
+    loader = [*batches(2), *batches(1, batch=3)]
+    state, _ = a_trainer.fit(a_trainer.init(loader[0]), loader, 1)
+    assert rows_of(path)[0]["loss"] == pytest.approx(state.history[0]["train_loss"], rel=1e-6)
+
+
 @pytest.mark.parametrize("every", [None, 2])
 @pytest.mark.parametrize("kind", FACTORIES)
 def test_a_run_that_goes_on_writes_the_file_of_the_uninterrupted_one(kind, every, tmp_path):
@@ -67,6 +78,70 @@ def test_a_run_that_goes_on_writes_the_file_of_the_uninterrupted_one(kind, every
     assert whole.read_text() == cut.read_text()
     fit(FACTORIES[kind](cut, every=every))  # a new run begins the file anew
     assert whole.read_text() == cut.read_text()
+
+
+def failing_once(hook: str, at: int) -> ant.Callback:
+    calls = itertools.count()
+
+    def fail(*arguments: Any) -> Any:
+        if next(calls) == at:
+            raise RuntimeError("on purpose")
+        return arguments[-2:]
+
+    hooks: dict[str, Any] = {hook: fail}
+    return host("fail", **hooks)
+
+
+@pytest.mark.parametrize(
+    ("hook", "at"), [("on_batch_end", 6), ("on_batch_end", 9), ("on_epoch_end", 1), ("on_checkpoint", 1)]
+)
+@pytest.mark.parametrize("every", [None, 1])
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_going_on_after_an_exception_writes_nothing_twice(kind, every, hook, at, tmp_path):
+    whole, cut = tmp_path / f"whole.{kind}", tmp_path / f"cut.{kind}"
+    fit(FACTORIES[kind](whole, every=every))
+    with pytest.raises(RuntimeError, match="on purpose") as caught:
+        fit(FACTORIES[kind](cut, every=every), failing_once(hook, at))
+    fit(FACTORIES[kind](cut, every=every), state=getattr(caught.value, "train_state"))  # noqa: B009
+    assert whole.read_text() == cut.read_text()
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_a_row_that_was_torn_when_the_process_was_killed_is_written_again(kind, tmp_path):
+    path = tmp_path / f"log.{kind}"
+    two_epochs = fit(FACTORIES[kind](path), epochs=2)
+    fit(FACTORIES[kind](path), state=two_epochs)
+    whole = path.read_text()
+    last = whole.splitlines()[-1]
+    for torn in (last[:1], last[:-1], last):
+        path.write_text(whole.removesuffix(f"{last}\n") + torn)
+        fit(FACTORIES[kind](path), state=two_epochs)
+        assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_epochs_that_are_left_out_count_in_the_steps(kind, tmp_path):
+    path = tmp_path / f"log.{kind}"
+    fit(ant.callbacks.every(FACTORIES[kind](path), epochs=2), epochs=5)
+    assert [(row["epoch"], row["step"]) for row in rows_of(path)] == [(1, 10), (3, 20)]
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+@pytest.mark.parametrize(("every", "steps"), [(None, [10, 15]), (5, [10, 15]), (3, [8, 10, 13, 15])])
+def test_a_file_is_opened_when_its_condition_first_holds(kind, every, steps, tmp_path):
+    path = tmp_path / f"log.{kind}"
+    log = ant.callbacks.when(lambda state, logs: state.epoch >= 1, FACTORIES[kind](path, every=every))
+    for _ in range(2):  # the second run does again what the first did
+        fit(log)
+        assert [row["step"] for row in rows_of(path) if every is None or "train_loss" not in row] == steps
+
+
+def test_a_run_is_told_from_one_before_it_that_had_no_end(tmp_path):
+    log = ant.callbacks.json_log(tmp_path / "log")
+    for _ in range(2):
+        fit(ant.callbacks.when(lambda state, logs: state.epoch == 1, log))
+    hooks_of(log)["on_train_end"](None, None, {})
+    assert [row["epoch"] for row in rows_of(tmp_path / "log")] == [1]
 
 
 def test_a_column_that_comes_later_and_numbers_that_are_not_finite(tmp_path):
@@ -121,6 +196,39 @@ def test_a_failure_may_be_tolerated(tmp_path, monkeypatch, caplog):
     state = fit(ant.callbacks.tolerate(ant.callbacks.json_log(tmp_path / "b"), failures=2), epochs=5)
     assert state.epoch == 5
     assert "callback 'json_log' failed in" in caplog.text
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_a_failure_that_is_tolerated_costs_no_other_row(kind, tmp_path, monkeypatch):
+    failures = iter([None, OSError("on purpose")])
+    for sink in (_files._Lines, _files._Table):
+        write = sink.write
+
+        def write_or_fail(*arguments: Any, write: Any = write) -> None:
+            failure = next(failures, None)
+            if failure is not None:
+                raise failure
+            write(*arguments)
+
+        monkeypatch.setattr(sink, "write", write_or_fail)
+    path = tmp_path / f"log.{kind}"
+    fit(ant.callbacks.tolerate(FACTORIES[kind](path)), epochs=4)
+    assert [row["epoch"] for row in rows_of(path)] == [0, 2, 3]
+
+
+def test_a_column_that_cannot_be_added_costs_no_other_row(tmp_path, monkeypatch):
+    def fail_once(path: pathlib.Path) -> Any:
+        monkeypatch.undo()
+        raise OSError("on purpose")
+
+    def publish(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        if epoch == 1:  # the row of epoch 0 may be being written
+            monkeypatch.setattr(_files, "replacing", fail_once)
+        return state, {**logs, "late": 1.0} if epoch else logs
+
+    path = tmp_path / "log.csv"
+    fit(host("publish", on_epoch_end=publish), ant.callbacks.tolerate(ant.callbacks.csv_log(path)), epochs=4)
+    assert [(row["epoch"], "late" in row) for row in rows_of(path)] == [(0, False), (2, True), (3, True)]
 
 
 def test_a_directory_that_cannot_be_written_is_an_error_at_the_beginning(tmp_path):

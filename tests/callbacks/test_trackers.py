@@ -58,11 +58,15 @@ def test_mlflow_reads_what_was_logged_and_a_run_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def offline(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+def offline(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    return tmp_path
+    wandb.teardown()  # its service may have been started with another directory, and this one must not outlive the test
+    yield tmp_path
+    wandb.teardown()
 
 
 def records_in(data: bytes) -> Iterator[bytes]:
