@@ -14,17 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.training.dynamic_scale import DynamicScale
 
+from ant_jax._beginning import Beginning
 from ant_jax._callback import Callback
-from ant_jax._engine import Fuse, Programs, form_of
+from ant_jax._engine import Fuse, Programs
 from ant_jax._events import Events, initial_memories
 from ant_jax._history import History, to_python
-from ant_jax._live import DevicePart, device_part
 from ant_jax._loop import Loop, evaluate
 from ant_jax._models import PureModel, applied, initialized, pure_functions
 from ant_jax._run import Costs, Run
-from ant_jax._state import Accumulator, HostFields, StateMismatch, TrainState, refuse_mismatch, strong
+from ant_jax._state import TrainState, refuse_mismatch, strong
 from ant_jax._step import COMPUTE_DTYPES, STEP_LOGS, LossFn, Step, cast_floating, criterion_loss, general_loss
 from ant_jax._trees import PyTree, describe_tree
 from ant_jax.callbacks import progress_bar
@@ -98,7 +97,7 @@ class Trainer:
     _step: Step = dataclasses.field(init=False, repr=False)
     _events: Events = dataclasses.field(init=False, repr=False)
     _programs: Programs = dataclasses.field(init=False, repr=False)
-    _known_forms: set[Any] = dataclasses.field(init=False, repr=False)
+    _states: Beginning = dataclasses.field(init=False, repr=False)
     _outputs: Callable[..., Any] = dataclasses.field(init=False, repr=False)
     _gradients: Callable[..., Any] = dataclasses.field(init=False, repr=False)
     _run: Run | None = dataclasses.field(init=False, repr=False, default=None)
@@ -133,7 +132,8 @@ class Trainer:
             _, grads, logs, _ = step.gradients(state, batch)
             return grads, logs
 
-        derived = {"_model": model, "_step": step, "_events": events, "_known_forms": set()}
+        states = Beginning(self.optimizer, events, self.gradient_accumulation_steps, self.precision)
+        derived = {"_model": model, "_step": step, "_events": events, "_states": states}
         derived |= {"_programs": Programs(step, model, self.fuse)}
         derived |= {"_outputs": jax.jit(outputs), "_gradients": jax.jit(gradients)}
         for attribute, value in derived.items():
@@ -190,28 +190,7 @@ class Trainer:
         if params is not None:
             refuse_mismatch("params", initial, params, "this trainer's model", dtypes=False)
             initial = params
-        return self._beginning(jax.tree.map(strong, initial), jax.tree.map(strong, model_state), key)
-
-    def _beginning(self, params: PyTree, model_state: PyTree, key: jax.Array) -> TrainState:
-        state = self._without_memories(params, model_state, key)
-        state = state.replace(callback_states=initial_memories(self._events.callbacks, state))
-        self._known_forms.add(self._form(state))
-        return state
-
-    def _without_memories(self, params: PyTree, model_state: PyTree, key: jax.Array) -> TrainState:
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            model_state=model_state,
-            opt_state=jax.tree.map(strong, self.optimizer.init(params)),
-            key=key,
-            accumulator=self._empty_window(params),
-            loss_scale=self._initial_scale(),
-            log_sums=None,
-            callback_states={},
-            stop=False,
-            host=HostFields(),
-        )
+        return self._states.state(jax.tree.map(strong, initial), jax.tree.map(strong, model_state), key)
 
     def checkpointer(
         self,
@@ -251,7 +230,7 @@ class Trainer:
             TypeError: a callback's memory cannot be saved.
             FileExistsError: the directory has a checkpoint of that step, or of a later one.
         """
-        self._check_state(state)
+        self._states.check(state)
         with self.checkpointer(directory) as checkpointer:
             checkpointer.save(state)
 
@@ -282,10 +261,10 @@ class Trainer:
         if form is None:
             key = jax.random.key(0)
             parameters = parameters_of(saved, "params"), parameters_of(saved, "model_state")
-            form = jax.eval_shape(self._without_memories, *parameters, key).replace(key=key)
+            form = jax.eval_shape(self._states.without_memories, *parameters, key).replace(key=key)
         callbacks = self._events.callbacks
         state = filled(saved, form, self._events.device_names, lambda state: initial_memories(callbacks, state))
-        self._check_state(state)
+        self._states.check(state)
         return state
 
     def fit(
@@ -323,7 +302,7 @@ class Trainer:
         _check_count("num_epochs", num_epochs)
         if steps_per_epoch is not None:
             _check_count("steps_per_epoch", steps_per_epoch)
-        self._check_state(state)
+        self._states.check(state)
         if num_epochs <= state.epoch:
             _logger.warning(
                 "fit: nothing to do: the state has done %d epochs and num_epochs is %d, which counts from the very "
@@ -353,7 +332,7 @@ class Trainer:
             StateMismatch: the state is not one of this trainer's.
             BatchError: the loader gave no batches, or one that differs from the others.
         """
-        self._check_state(state)
+        self._states.check(state)
         _, logs = evaluate(self, self._events, self._programs, state, loader, "loader")
         return {name: to_python(value) for name, value in logs.items()}
 
@@ -373,7 +352,7 @@ class Trainer:
             StateMismatch: the state is not one of this trainer's.
         """
         _check_count("batch_size", batch_size)
-        self._check_state(state)
+        self._states.check(state)
         inputs = canonical(inputs, "inputs")
         lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(inputs)}
         if len(lengths) != 1 or lengths & {(), (0,)}:
@@ -397,11 +376,11 @@ class Trainer:
         Returns:
             The gradients, unscaled and in float32, and ``{"loss": ..., <metric>: ...}``.
         """
-        self._check_state(state)
+        self._states.check(state)
         batch = canonical(batch)
         self._step.check_batch(batch)
         self._programs.check_params(state.params, inputs_of(batch))
-        return self._gradients(self._part(state).state(state.key), batch)
+        return self._gradients(self._states.part(state).state(state.key), batch)
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """Train on one batch: what ``fit`` does for each, with the traced hooks, without host hooks. Compiled.
@@ -417,9 +396,9 @@ class Trainer:
             The state after the step, and the logs of the batch. A window of gradient accumulation closes when it is
             full; nothing closes it earlier, as the end of an epoch does in ``fit``.
         """
-        self._check_state(state)
+        self._states.check(state)
         batch = canonical(batch)
-        part = self._part(state)
+        part = self._states.part(state)
         program = self._programs.train(part, state.key, batch)
         part, asked, logs = program.step_by_hand(part, self._programs.key_data_of(state.key), batch)
         stop = bool(state.stop) or (asked is not None and bool(asked))
@@ -427,54 +406,12 @@ class Trainer:
         part = part._replace(callback_states=memories, log_sums=state.log_sums)
         return part.state(state.key, stop, state.host), {"batch_size": batch_size_of(batch), **logs}
 
-    def _part(self, state: TrainState) -> DevicePart:
-        return device_part(state, self._events.device_names)._replace(log_sums=None)
-
-    def _form(self, state: TrainState) -> Any:
-        return form_of(self._part(state)), frozenset(state.callback_states)
-
     def _running(self, fact: str) -> Run:
         if self._run is None:
             raise RuntimeError(
                 f"trainer.{fact} is known only to host hooks, while fit runs; traced hooks cannot have it"
             )
         return self._run
-
-    def _empty_window(self, params: PyTree) -> Accumulator | None:
-        if self.gradient_accumulation_steps == 1:
-            return None
-        zeros = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.promote_types(param.dtype, jnp.float32)), params)
-        return Accumulator(zeros, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-
-    def _initial_scale(self) -> DynamicScale | None:
-        if self.precision != "float16":
-            return None
-        # Below 1 a scale no longer helps; without a floor it would fall to nothing when gradients are never finite.
-        return DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(2.0**16), minimum_scale=1.0)
-
-    def _check_state(self, state: Any) -> None:
-        """Raise unless this trainer could have made the state; each form of state is looked at once."""
-        if not isinstance(state, TrainState):
-            raise TypeError(f"state must be a TrainState, as trainer.init returns it, got {state!r:.200}")
-        form = self._form(state)
-        if form in self._known_forms:
-            return
-        optimizer_state = jax.eval_shape(self.optimizer.init, state.params)
-        refuse_mismatch("opt_state", optimizer_state, state.opt_state, "this trainer's optimizer")
-        window = jax.eval_shape(self._empty_window, state.params)
-        refuse_mismatch("accumulator", window, state.accumulator, "this trainer's gradient_accumulation_steps")
-        refuse_mismatch("loss_scale", self._initial_scale(), state.loss_scale, "this trainer's precision")
-        memories = initial_memories(self._events.callbacks, state.replace(callback_states={}))
-        if memories.keys() != state.callback_states.keys():
-            raise StateMismatch(
-                f"the state has the memories of callbacks {sorted(state.callback_states)}, and those of this trainer "
-                f"with a memory are {sorted(memories)}; make a state with this trainer's init, "
-                f"trainer.init(example_batch, params=state.params) to keep the parameters"
-            )
-        for name in self._events.device_names & memories.keys():
-            what = f"callback_states[{name!r}]"
-            refuse_mismatch(what, memories[name], state.callback_states[name], "this trainer's callback")
-        self._known_forms.add(form)
 
 
 def _check_arguments(trainer: Trainer) -> None:

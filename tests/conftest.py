@@ -1,6 +1,7 @@
 """Strict JAX for every test: promotions raise, several CPU devices, one compilation counter."""
 
 import os
+import signal
 
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
@@ -11,6 +12,9 @@ from collections.abc import Iterator  # noqa: E402  # XLA reads its flags when i
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+
+# A shell starts what runs in its background with Ctrl-C ignored, and the tests of Ctrl-C would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -168,7 +168,7 @@ def test_the_host_fields_are_out_of_reach_inside_the_step():
 
 
 def test_the_trainer_keeps_epoch_position_and_history():
-    for field in ({"epoch": 7}, {"batch_idx": 3}, {"history": ant.History()}):
+    for field in ({"epoch": 7}, {"batch_idx": 3}, {"history": ant.History([{"train_loss": 0.0}])}):
         with pytest.raises(CallbackReturnError, match="those are the trainer's. To end the run early"):
             fit_with(
                 "on_epoch_end",

@@ -22,7 +22,7 @@ LAYERS = [
     {"_events"},
     {"_step"},
     {"_engine"},
-    {"_looks", "_run"},
+    {"_beginning", "_looks", "_run"},
     {"callbacks._arguments", "callbacks._background", "callbacks._compile_time", "callbacks._printing"},
     {"callbacks._measures", "callbacks._records"},
     {f"callbacks._{name}" for name in (

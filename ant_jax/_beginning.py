@@ -1,0 +1,101 @@
+"""The state that a run begins with, and the check whether a state could be one of a trainer's."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training.dynamic_scale import DynamicScale
+
+from ant_jax._engine import form_of
+from ant_jax._events import Events, initial_memories
+from ant_jax._live import DevicePart, device_part
+from ant_jax._state import Accumulator, HostFields, StateMismatch, TrainState, refuse_mismatch, strong
+from ant_jax._trees import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """Makes the states of one trainer, and knows them again.
+
+    Attributes:
+        optimizer: whose state they have.
+        events: whose callbacks' memories they have.
+        accumulation_steps: batches in a window; with more than one, states have room for its gradients.
+        precision: with ``"float16"`` they have a loss scale.
+    """
+
+    optimizer: optax.GradientTransformation
+    events: Events
+    accumulation_steps: int
+    precision: str
+    _known: set[Any] = dataclasses.field(init=False, repr=False, default_factory=set)
+
+    def state(self, params: PyTree, model_state: PyTree, key: jax.Array) -> TrainState:
+        """Make the state that a run begins with."""
+        state = self.without_memories(params, model_state, key)
+        state = state.replace(callback_states=initial_memories(self.events.callbacks, state))
+        self._known.add(self._form(state))
+        return state
+
+    def without_memories(self, params: PyTree, model_state: PyTree, key: jax.Array) -> TrainState:
+        """The same, but for what callbacks remember."""
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            model_state=model_state,
+            opt_state=jax.tree.map(strong, self.optimizer.init(params)),
+            key=key,
+            accumulator=self._empty_window(params),
+            loss_scale=self._initial_scale(),
+            log_sums=None,
+            callback_states={},
+            stop=False,
+            host=HostFields(),
+        )
+
+    def part(self, state: TrainState) -> DevicePart:
+        """Return what a step needs of a state."""
+        return device_part(state, self.events.device_names)._replace(log_sums=None)
+
+    def check(self, state: Any) -> None:
+        """Raise unless this trainer could have made the state; each form of state is looked at once."""
+        if not isinstance(state, TrainState):
+            raise TypeError(f"state must be a TrainState, as trainer.init returns it, got {state!r:.200}")
+        form = self._form(state)
+        if form in self._known:
+            return
+        optimizer_state = jax.eval_shape(self.optimizer.init, state.params)
+        refuse_mismatch("opt_state", optimizer_state, state.opt_state, "this trainer's optimizer")
+        window = jax.eval_shape(self._empty_window, state.params)
+        refuse_mismatch("accumulator", window, state.accumulator, "this trainer's gradient_accumulation_steps")
+        refuse_mismatch("loss_scale", self._initial_scale(), state.loss_scale, "this trainer's precision")
+        memories = initial_memories(self.events.callbacks, state.replace(callback_states={}))
+        if memories.keys() != state.callback_states.keys():
+            raise StateMismatch(
+                f"the state has the memories of callbacks {sorted(state.callback_states)}, and those of this trainer "
+                f"with a memory are {sorted(memories)}; make a state with this trainer's init, "
+                f"trainer.init(example_batch, params=state.params) to keep the parameters"
+            )
+        for name in self.events.device_names & memories.keys():
+            what = f"callback_states[{name!r}]"
+            refuse_mismatch(what, memories[name], state.callback_states[name], "this trainer's callback")
+        self._known.add(form)
+
+    def _form(self, state: TrainState) -> Any:
+        return form_of(self.part(state)), frozenset(state.callback_states)
+
+    def _empty_window(self, params: PyTree) -> Accumulator | None:
+        if self.accumulation_steps == 1:
+            return None
+        zeros = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.promote_types(param.dtype, jnp.float32)), params)
+        return Accumulator(zeros, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def _initial_scale(self) -> DynamicScale | None:
+        if self.precision != "float16":
+            return None
+        # Below 1 a scale no longer helps; without a floor it would fall to nothing when gradients are never finite.
+        return DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(2.0**16), minimum_scale=1.0)
