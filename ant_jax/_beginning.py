@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax.training.dynamic_scale import DynamicScale
 
+from ant_jax import _hyperparams
 from ant_jax._engine import form_of
 from ant_jax._events import Events, initial_memories
 from ant_jax._live import DevicePart, device_part
@@ -39,7 +41,18 @@ class Beginning:
         state = self.without_memories(params, model_state, key)
         state = state.replace(callback_states=initial_memories(self.events.callbacks, state))
         self._known.add(self._form(state))
-        return state
+        return self.noting_hyperparams(state, _hyperparams.changeable(state.opt_state, state.callback_states))
+
+    def noting_hyperparams(self, state: TrainState, values: Mapping[str, Any]) -> TrainState:
+        """Note in a state the hyper-parameters that the code has."""
+        return state.replace(host=dataclasses.replace(state.on_host(), hyperparams=values))
+
+    def hyperparams(self, state: TrainState) -> dict[str, Any]:
+        """The hyper-parameters that the code gives a run that begins with the parameters of ``state``."""
+        memories = initial_memories(self.events.callbacks, state.replace(callback_states={}))
+        if not _hyperparams.changeable(state.opt_state, {}):
+            return _hyperparams.changeable((), memories)
+        return _hyperparams.changeable(self.optimizer.init(state.params), memories)
 
     def without_memories(self, params: PyTree, model_state: PyTree, key: jax.Array) -> TrainState:
         """The same, but for what callbacks remember."""

@@ -1,31 +1,46 @@
 """Checkpoints: the one file that knows Orbax.
 
-A checkpoint has two items. ``arrays`` is a nested dict of all arrays of the state by their paths, the parameters under
-``params``, so that Orbax alone can read it. ``host`` is JSON: what the host knows, and what it takes to put the arrays
-back into their containers.
+A checkpoint is a directory ``step_<N>`` with two items. ``arrays`` is a nested dict of all arrays of the state by their
+paths, the parameters under ``params``, so that Orbax alone can read it. ``host`` is one file of JSON: what the host
+knows, what it takes to put the arrays back into their containers, and the checksums of all of it, since Orbax has none
+of array data. Orbax writes in the background and renames the directory when all is written, so that a checkpoint is
+there or not, whenever the process dies.
 """
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import logging
 import math
 import os
 import pathlib
-import weakref
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Never, Self
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import future
 
 from ant_jax._encoding import decoded, encoded
+from ant_jax._finite import NonFiniteError, first_nonfinite
+from ant_jax._lock import DirectoryLock
+from ant_jax._seal import CheckpointCorrupt, CheckpointError, Damage, sealed, unsealed, verify
 from ant_jax._snapshot import Path, Snapshot, read_back, taken
-from ant_jax._state import TrainState
+from ant_jax._state import StateMismatch, TrainState
 
+
+_logger = logging.getLogger("ant_jax")
 
 # Steps are directories "step_120": a stray directory of another name is no checkpoint.
 PREFIX = "step"
-# Those that are open, by directory: two managers of one directory know nothing of each other's checkpoints.
-_open: weakref.WeakValueDictionary[pathlib.Path, Checkpointer] = weakref.WeakValueDictionary()
+# No save takes longer, unless something hangs; then an error is better than silence.
+TIMEOUT_SECONDS = 600
+# The fields of a state where neither a NaN nor an infinity may be; an optimizer may well start from an infinity.
+_FINITE = ("params", "model_state", "accumulator")
 
 
 class Checkpointer:
@@ -34,15 +49,17 @@ class Checkpointer:
     Use it as a context manager, or ``close`` it: leaving the process with a save under way loses that checkpoint.
 
     Args:
-        directory: where to; it is made.
+        directory: where to; it is made. It is locked, so that no other run saves into it meanwhile.
         device_names: the callbacks whose memory is arrays.
-        keep: how many checkpoints to keep, the newest, or the best when ``save`` is given metrics; ``None``: all.
+        keep: how many of the newest checkpoints to keep; ``None``: all.
+        keep_best: how many of the best to keep beside them.
         mode: whether a smaller (``"min"``) or a larger (``"max"``) metric is better, ``None`` when there is no metric.
-        save_last: whether to keep the newest beside the best.
+        allow_nonfinite: whether parameters, model state and accumulated gradients may be NaN or infinite.
 
     Raises:
-        NotADirectoryError: ``directory`` is a file.
-        RuntimeError: another checkpointer of this process is open on the directory.
+        NotADirectoryError: ``directory``, or what it is in, is a file.
+        OSError: it cannot be written to.
+        CheckpointError: something else is saving into it.
     """
 
     def __init__(
@@ -51,50 +68,47 @@ class Checkpointer:
         device_names: frozenset[str],
         *,
         keep: int | None = None,
+        keep_best: int = 0,
         mode: Literal["min", "max"] | None = None,
-        save_last: bool = True,
+        allow_nonfinite: bool = False,
     ):
-        import orbax.checkpoint as ocp
-        from orbax.checkpoint import checkpoint_managers as policies
-
-        def score(metrics: Any) -> float:
-            value = metrics["metric"] if mode == "max" else -metrics["metric"]
-            return value if math.isfinite(value) else -math.inf  # a metric that is not finite is never the best
-
-        newest = policies.LatestN(keep if mode is None else 1 if save_last else 0)
-        best = policies.BestN(get_metric_fn=score, n=keep, keep_checkpoints_without_metrics=False)
         self.directory, self._device_names = pathlib.Path(directory).absolute(), device_names
-        if self.directory.exists() and not self.directory.is_dir():
-            raise NotADirectoryError(f"cannot save into {self.directory}, which is no directory")
-        self._place = self.directory.resolve()
-        if self._place in _open:
-            raise RuntimeError(
-                f"something else is saving into {self.directory} at the moment; give each checkpoint callback a "
-                f"directory of its own, and close checkpointers"
+        self._keep, self._keep_best, self._mode = keep, keep_best, mode
+        self._allow_nonfinite = allow_nonfinite
+        self._saving: tuple[int, int] | None = None  # step and bytes of the save that is under way
+        self._held: Any = None  # its arrays: Orbax reads them while the run goes on
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise NotADirectoryError(f"cannot save into {self.directory}: {error.filename} is no directory") from None
+        self._lock = DirectoryLock(self.directory)
+        try:
+            self._set_junk_aside()
+            self._metrics = {step: self._metric_of(step) for step in steps_in(self.directory)} if mode else {}
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    step_prefix=PREFIX,
+                    cleanup_tmp_directories=True,
+                    preservation_policy=_Retention(self._kept),
+                    async_options=ocp.options.AsyncOptions(
+                        timeout_secs=TIMEOUT_SECONDS, post_finalization_callback=self._let_go
+                    ),
+                ),
             )
-        self._args = ocp.args
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                step_prefix=PREFIX,
-                cleanup_tmp_directories=True,
-                preservation_policy=policies.AnyPreservationPolicy([newest] if mode is None else [newest, best]),
-                best_fn=None if mode is None else score,
-                best_mode="max",
-            ),
-        )
-        self._score = None if mode is None else score
-        _open[self._place] = self
+        except BaseException:
+            self._lock.release()
+            raise
 
     @property
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, in order."""
+        """The steps that have a checkpoint, in order; with the one that is being saved."""
         return sorted(self._manager.all_steps())
 
     @property
     def latest_step(self) -> int | None:
         """The newest step that has a checkpoint; ``None`` when there is none."""
-        return max(self._manager.all_steps(), default=None)
+        return max(self.steps, default=None)
 
     @property
     def best_step(self) -> int | None:
@@ -105,52 +119,86 @@ class Checkpointer:
         Raises:
             ValueError: the checkpointer was made without a ``mode``.
         """
-        if self._score is None:
+        if self._mode is None:
             raise ValueError("which step is best depends on metrics; make the checkpointer with mode='min' or 'max'")
         self.wait()
-        step = self._manager.best_step()
-        found = step is not None and math.isfinite(self._score(self._manager.metrics(step)))
-        return step if found else None
+        ranked = self._ranked(self.steps)
+        return ranked[0] if ranked else None
 
     def save(self, state: TrainState, metric: float | None = None) -> None:
-        """Save a state under its step; returns when the state has been copied, and before it is written.
+        """Save a state under its step, in the background.
+
+        Returns when Orbax has taken the state over. Its arrays are read until the checkpoint is written, so do not
+        donate them to a compiled function of your own before ``wait`` (``fit`` and ``train_step`` leave them intact).
 
         Args:
             state: to save.
-            metric: how good it is; without one, or with one that is not finite, a checkpoint ranks behind all others.
+            metric: how good it is; without one, or with one that is not finite, a checkpoint is never among the best.
 
         Raises:
             TypeError: a callback's memory cannot be saved.
             FileExistsError: the directory has a checkpoint of that step, or of a later one.
+            CheckpointError: the save before this one has failed, or this one has, at once.
+            NonFiniteError: the save before this one was of a state with numbers that are not finite.
         """
+        self.wait()
         step = int(state.step)
         if self.steps and step <= self.steps[-1]:
             raise FileExistsError(
                 f"{self.directory} has checkpoints of steps {', '.join(map(str, self.steps))}, and the state to save "
                 f"is at step {step}; save another run into another directory"
             )
+        if not self._lock.held:
+            raise CheckpointError(
+                f"the checkpoint of step {step} cannot be written: {self.directory} has been removed or replaced "
+                f"since the run began"
+            )
         arrays, host = taken(state, self._device_names)
         # Orbax refuses arrays without elements.
         empty = [(keys, np.asarray(leaf)) for keys, leaf in arrays.items() if leaf.size == 0]
-        nested = _nested({keys: leaf for keys, leaf in arrays.items() if leaf.size > 0})
-        host = {**host, "empty": encoded(empty, "the arrays without elements")}
-        metrics = {"metric": -math.inf if metric is None else float(metric)} if self._score else None
-        items = self._args.Composite(arrays=self._args.StandardSave(nested), host=self._args.JsonSave(host))
-        if not self._manager.save(step, args=items, metrics=metrics):
-            raise RuntimeError(f"Orbax declined to save step {step} into {self.directory}")
+        arrays = {keys: leaf for keys, leaf in arrays.items() if leaf.size > 0}
+        metric = None if metric is None else float(metric)
+        host |= {"empty": encoded(empty, "the arrays without elements"), "metric": encoded(metric, "the metric")}
+        self._metrics[step] = math.nan if metric is None else metric
+        items = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(_nested(arrays)), host=_SealArgs(step, host, arrays, self._allow_nonfinite)
+        )
+        self._saving, self._held = (step, sum(leaf.nbytes for leaf in arrays.values())), arrays
+        try:
+            accepted = self._manager.save(step, args=items)
+        except Exception as error:
+            self._fail(error)
+        if not accepted:
+            raise CheckpointError(f"Orbax declined to save step {step} into {self.directory}")
+
+    def poll(self) -> None:
+        """Raise what went wrong in the background, if something did; does not wait."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk; raises what went wrong there."""
-        self._manager.wait_until_finished()
+        """Wait until what was saved is on disk.
+
+        Raises:
+            CheckpointError: it could not be written; the message says why.
+            NonFiniteError: it has numbers that are not finite, and so was not written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._fail(error)
+        self._saving = None
+
+    def _let_go(self) -> None:
+        self._held = None
 
     def close(self) -> None:
         """Wait, and give everything back."""
         try:
             self.wait()
         finally:
-            if _open.get(self._place) is self:
-                del _open[self._place]
             self._manager.close()
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -158,9 +206,134 @@ class Checkpointer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _fail(self, error: Exception) -> Never:
+        """Clear up after a save that failed, so that the next one works, and say what happened."""
+        step, size = self._saving or (-1, 0)
+        self._saving = self._held = None
+        self._metrics.pop(step, None)
+        for left in self.directory.glob(f"{PREFIX}_{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
+        good = steps_in(self.directory)
+        with_room = ""
+        if self.directory.is_dir():
+            self._manager.reload()  # or it would count the step that is not there
+            free = shutil.disk_usage(self.directory).free
+            with_room = f" (it takes {_megabytes(size)}, and {_megabytes(free)} are free)"
+        last = f"the last good one is of step {good[-1]}" if good else "there is no other"
+        if isinstance(error, NonFiniteError):
+            raise NonFiniteError(f"{error}; {last}") from None
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written into {self.directory}: {_in_short(error)}{with_room}; "
+            f"{last}"
+        ) from error
+
+    def _set_junk_aside(self) -> None:
+        """Move what is named like a checkpoint, and cannot be one, out of Orbax's sight, or it would count it."""
+        sound = {f"{PREFIX}_{step}" for step in steps_in(self.directory)}
+        for path in sorted(self.directory.glob(f"{PREFIX}_*")):
+            if re.fullmatch(rf"{PREFIX}_\d+", path.name) and path.name not in sound:
+                _logger.warning("%s is no whole checkpoint; it is renamed to %s", path, _set_aside(path).name)
+
+    def _metric_of(self, step: int) -> float:
+        try:
+            metric = decoded(_description_of(path_of(self.directory, step))["metric"])
+        except (Damage, OSError):
+            return math.nan
+        return math.nan if metric is None else metric
+
+    def _ranked(self, steps: Sequence[int]) -> list[int]:
+        """The steps that have a finite metric, the best first; of equals the oldest."""
+        sign = -1.0 if self._mode == "max" else 1.0
+        metrics = {step: self._metrics.get(step, math.nan) for step in steps}
+        finite = [step for step, metric in metrics.items() if math.isfinite(metric)]
+        return sorted(finite, key=lambda step: (sign * metrics[step], step))
+
+    def _kept(self, steps: Sequence[int]) -> set[int]:
+        newest = steps if self._keep is None else sorted(steps)[-self._keep :]
+        return {*newest, *(self._ranked(steps)[: self._keep_best] if self._mode else ())}
+
+
+class _Retention:
+    """Orbax's ``PreservationPolicy``: which steps stay is ours to say, for Orbax ranks what is not finite anywhere."""
+
+    def __init__(self, kept: Any):
+        self._kept = kept
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        kept = self._kept([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+class _SealHandler(ocp.AsyncCheckpointHandler):
+    """Writes the ``host`` item; checksums are computed in Orbax's background thread."""
+
+    async def async_save(self, directory: Any, args: _SealArgs) -> list[Any]:
+        write = self._write(directory, args)
+        return [future.CommitFutureAwaitingContractedSignals(write, name="ant_jax_seal")]
+
+    def save(self, directory: Any, args: _SealArgs) -> None:
+        asyncio.run(self._write(directory, args))
+
+    def restore(self, directory: Any, args: Any = None) -> dict[str, Any]:
+        del args
+        return unsealed((directory / "metadata").read_text())
+
+    async def _write(self, directory: Any, args: _SealArgs) -> None:
+        arrays = {keys: np.asarray(leaf) for keys, leaf in args.arrays.items()}
+        if not args.allow_nonfinite:
+            _refuse_nonfinite(arrays, args.step)
+        (directory / "metadata").write_text(sealed(args.host, arrays))
+
+
+@ocp.args.register_with_handler(_SealHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _SealArgs(ocp.args.CheckpointArgs):
+    step: int
+    host: Mapping[str, Any]
+    arrays: Mapping[Path, Any]
+    allow_nonfinite: bool
+
+
+def _refuse_nonfinite(arrays: Mapping[Path, np.ndarray], step: int) -> None:
+    parts = {"/".join(keys): leaf for keys, leaf in arrays.items() if keys[0] in _FINITE}
+    optimizer = {"/".join(keys): leaf for keys, leaf in arrays.items() if keys[0] == "opt_state"}
+    bad = first_nonfinite(parts) or first_nonfinite(optimizer, infinities=False)
+    if bad is not None:
+        raise NonFiniteError(
+            f"the state of step {step} was not saved: {bad} is not finite. skip_nonfinite, roll_back and "
+            f"terminate_on_nan keep such numbers out; allow_nonfinite=True saves them"
+        )
+
+
+def steps_in(directory: pathlib.Path) -> list[int]:
+    """The steps that a directory has checkpoints of, in order; damaged ones among them."""
+    found = (re.fullmatch(rf"{PREFIX}_(0|[1-9]\d*)", path.parent.parent.name) for path in _descriptions(directory))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _descriptions(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    return directory.glob(f"{PREFIX}_*/host/metadata")
+
+
+def path_of(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """Where the checkpoint of a step is."""
+    return directory / f"{PREFIX}_{step}"
+
+
+def set_aside(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """Rename a damaged checkpoint, so that it is neither restored nor in the way of later ones; returns where to."""
+    return _set_aside(path_of(directory, step))
+
+
+def _set_aside(path: pathlib.Path) -> pathlib.Path:
+    taken_names = {other.name for other in path.parent.iterdir()}
+    names = (f"{path.name}.corrupt{f'.{i}' if i else ''}" for i in range(len(taken_names) + 1))
+    return path.rename(path.with_name(next(name for name in names if name not in taken_names)))
+
 
 def read(directory: str | os.PathLike[str], step: int | None = None) -> Snapshot:
-    """Read a checkpoint; its arrays are numpy's.
+    """Read a checkpoint and compare it with its checksums; its arrays are numpy's.
 
     Args:
         directory: that was saved into.
@@ -168,30 +341,52 @@ def read(directory: str | os.PathLike[str], step: int | None = None) -> Snapshot
 
     Raises:
         FileNotFoundError: there is none; the message says which steps there are.
+        CheckpointCorrupt: it is damaged.
         StateMismatch: it is of a format that this version does not read.
     """
-    import orbax.checkpoint as ocp
-
     directory = pathlib.Path(directory).absolute()
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory} to restore from")
-    options = ocp.CheckpointManagerOptions(step_prefix=PREFIX, create=False, enable_async_checkpointing=False)
-    handlers: Any = {"arrays": ocp.PyTreeCheckpointHandler(), "host": ocp.JsonCheckpointHandler()}
-    with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
-        steps = sorted(manager.all_steps())
-        if not steps or step not in (None, *steps):
-            wanted, there = "" if step is None else f" of step {step}", ", ".join(map(str, steps)) or "none"
-            raise FileNotFoundError(f"{directory} has no checkpoint{wanted}; the steps there are: {there}")
-        step = steps[-1] if step is None else step
-        forms = manager.item_metadata(step)["arrays"]
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), forms.tree)
-        items = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(restore_args=as_numpy), host=ocp.args.JsonRestore())
-        restored = manager.restore(step, args=items)
-    arrays = {
-        tuple(key.key for key in path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(restored["arrays"])[0]
+    steps = steps_in(directory)
+    if not steps or step not in (None, *steps):
+        wanted, there = "" if step is None else f" of step {step}", ", ".join(map(str, steps)) or "none"
+        raise FileNotFoundError(f"{directory} has no checkpoint{wanted}; the steps there are: {there}")
+    step = steps[-1] if step is None else step
+    path = path_of(directory, step)
+    try:
+        host = _description_of(path)
+        snapshot = read_back({}, host)
+        return snapshot._replace(arrays=_arrays_of(path, host["arrays"]) | dict(snapshot.host["empty"]))
+    except (StateMismatch, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # Orbax's are of many unrelated types
+        others = ", ".join(str(other) for other in steps if other != step)
+        sound = f"; the other checkpoints there are of steps {others}" if others else ""
+        raise CheckpointCorrupt(directory, step, _in_short(error), sound) from error
+
+
+def _description_of(path: pathlib.Path) -> dict[str, Any]:
+    return unsealed((path / "host" / "metadata").read_text())
+
+
+def _arrays_of(path: pathlib.Path, rows: list[list[Any]]) -> dict[Path, np.ndarray]:
+    as_numpy = _nested({tuple(keys): ocp.RestoreArgs(restore_type=np.ndarray) for keys, *_ in rows})
+    restored = read_arrays(path / "arrays", as_numpy)
+    verify(restored, rows)
+    return restored
+
+
+def read_arrays(path: pathlib.Path, restore_args: Any = None) -> dict[Path, np.ndarray]:
+    """Read the arrays of any tree that Orbax wrote, by their paths."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        if restore_args is None:
+            tree = reader.metadata(path).item_metadata.tree
+            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
+    return {
+        tuple(jax.tree_util.keystr((key,), simple=True) for key in keys): np.asarray(leaf)
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
-    return read_back(arrays | dict(decoded(restored["host"].get("empty", []))), restored["host"])
 
 
 def _nested(arrays: Mapping[Path, Any]) -> dict[str, Any]:
@@ -202,3 +397,14 @@ def _nested(arrays: Mapping[Path, Any]) -> dict[str, Any]:
             inner = inner.setdefault(key, {})
         inner[last] = leaf
     return nested
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _in_short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if "No space left" in text:
+        return "no space is left on the device"
+    return f"{type(error).__name__}: {text:.300}" if not isinstance(error, Damage) else text

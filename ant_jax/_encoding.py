@@ -38,6 +38,8 @@ def encoded(value: Any, where: str) -> Any:
         return value if abs(value) < _INT_LIMIT else {"int": hex(value)}
     if type(value) is float:  # JSON has no infinities and no NaN, which has bits of its own
         return value if math.isfinite(value) else {"float": struct.pack(">d", value).hex()}
+    if type(value) is bytes:
+        return {"bytes": base64.b64encode(value).decode()}
     if type(value) is list:
         return [encoded(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if type(value) is tuple:
@@ -58,7 +60,7 @@ def encoded(value: Any, where: str) -> Any:
             return {kind: data, "dtype": dtype, "shape": list(array.shape)}
     raise TypeError(
         f"{where} is {describe(value)}, which cannot be saved; what a host callback remembers must be None, bool, int, "
-        f"float, str, a list, tuple or dict of such, or an array"
+        f"float, str, bytes, a list, tuple or dict of such, or an array"
     )
 
 
@@ -71,6 +73,8 @@ def decoded(value: Any) -> Any:
     match value:
         case {"int": digits}:
             return int(digits, 16)
+        case {"bytes": data}:
+            return base64.b64decode(data)
         case {"float": bits}:
             return struct.unpack(">d", bytes.fromhex(bits))[0]
         case {"tuple": items}:

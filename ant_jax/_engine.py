@@ -12,7 +12,6 @@ import numpy as np
 from jax import lax
 
 from ant_jax._feed import Chunk, Feed
-from ant_jax._interrupt import LaunchGuard
 from ant_jax._live import DevicePart, Live, device_part
 from ant_jax._models import PureModel, initialized
 from ant_jax._pace import Pace
@@ -91,7 +90,6 @@ class TrainProgram:
         key: that state's.
         batch: a batch like those to come.
         fuse: whether many steps run in one launch; ``"auto"``: by ``slow_in_loops``.
-        guard: holds Ctrl-C back during a launch.
 
     Attributes:
         logs: the logs that every step returns, as shapes and dtypes.
@@ -100,7 +98,7 @@ class TrainProgram:
         pace: how many steps a launch should have.
     """
 
-    def __init__(self, step: Step, part: DevicePart, key: jax.Array, batch: PyTree, fuse: Fuse, guard: LaunchGuard):
+    def __init__(self, step: Step, part: DevicePart, key: jax.Array, batch: PyTree, fuse: Fuse):
         self._step = jax.jit(step.train_step)
         state, batch = _avals(part.state(key)), _avals(batch)
         # The one time that the step is traced: the programs below call `_step`, and meet the trace in jit's cache.
@@ -113,7 +111,7 @@ class TrainProgram:
         self._structure_between_epochs = jax.tree.structure(part)
         self._structure = jax.tree.structure(part._replace(log_sums=jax.eval_shape(zero_sums, self.logs)))
         self._key_impl = jax.random.key_impl(key)
-        self._window_steps, self._guard = step.accumulation_steps, guard
+        self._window_steps = step.accumulation_steps
         self._by_hand = jax.jit(self._run_by_hand)
         self._one = jax.jit(self._run_alone, donate_argnums=0)
         self._many = jax.jit(self._run_many, donate_argnums=0)
@@ -138,17 +136,15 @@ class TrainProgram:
         ends = chunk.last and self._window_steps > 1
         if not self.fused:
             ends = scalar(ends)
-            with self._guard:
-                leaves, stop, latest = self._one(live.take(), live.key_data, chunk.batches, cursor.offset, ends)
-                live.give(leaves)
+            leaves, stop, latest = self._one(live.take(), live.key_data, chunk.batches, cursor.offset, ends)
+            live.give(leaves)
             launch = Launch(1, chunk.examples, latest, None, 0)
         else:
             rows = scalar(start), scalar(start + count), scalar(chunk.filled - 1 if ends else -1)
-            with self._guard:
-                leaves, stop, done, latest, logs = self._many(
-                    live.take(), live.key_data, chunk.batches, cursor.offset, *rows
-                )
-                live.give(leaves)
+            leaves, stop, done, latest, logs = self._many(
+                live.take(), live.key_data, chunk.batches, cursor.offset, *rows
+            )
+            live.give(leaves)
             launch = Launch(count if done is None else int(done) - start, chunk.examples, latest, logs, start)
         if stop is not None:
             live.stop = live.stop or bool(stop)
@@ -265,28 +261,37 @@ class Programs:
         step: what to compile.
         model: whose parameters states must have.
         fuse: as for ``TrainProgram``.
-
-    Attributes:
-        guard: holds Ctrl-C back during launches, where it is installed.
     """
 
     def __init__(self, step: Step, model: PureModel, fuse: Fuse):
         self._step, self._model = step, model
         self._fuse: Fuse = fuse
-        self.guard = LaunchGuard()
         self._fitting: set[Any] = set()
         self._key: tuple[Any, Any] = (None, None)
-        self._train: dict[Any, TrainProgram] = {}
+        self._train: dict[tuple[Fuse, Any], TrainProgram] = {}
         self._evaluation: dict[Any, EvaluationProgram] = {}
 
-    def train(self, part: DevicePart, key: jax.Array, batch: PyTree) -> TrainProgram:
-        """Return the train program for this state and batch; traced when it is a new one, compiled when first run."""
+    def train(
+        self, part: DevicePart, key: jax.Array, batch: PyTree, decided: tuple[str, bool] | None = None
+    ) -> TrainProgram:
+        """Return the train program for this state and batch; traced when it is a new one, compiled when first run.
+
+        Args:
+            part: of the state.
+            key: the state's.
+            batch: one like those to come.
+            decided: the backend, and whether the run's steps were fused there; ``fuse="auto"`` stays with that.
+        """
         part = part._replace(log_sums=None)
-        form = form_of((part, batch))
+        fuse = self._fuse
+        if fuse == "auto" and decided is not None and decided[0] == jax.default_backend():
+            fuse = decided[1]
+        form = fuse, form_of((part, batch))
         if form not in self._train:
             self._step.check_batch(batch)
             self.check_params(part.params, inputs_of(batch))
-            self._train[form] = TrainProgram(self._step, part, key, batch, self._fuse, self.guard)
+            program = TrainProgram(self._step, part, key, batch, fuse)
+            self._train[form] = self._train.setdefault((program.fused, form[1]), program)
         return self._train[form]
 
     def evaluation(self, state: TrainState, batch: PyTree) -> EvaluationProgram:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +21,14 @@ from ant_jax.data import (
     NoBatches,
     aligned_empty,
     batch_size_of,
+    cannot_go_on,
     canonical_leaf,
+    has_state,
     length_of,
 )
+
+
+_logger = logging.getLogger("ant_jax")
 
 
 class Chunk(NamedTuple):
@@ -34,12 +40,14 @@ class Chunk(NamedTuple):
         filled: batches in it.
         examples: examples in each.
         last: whether the epoch ends with this chunk.
+        loader_state: where the loader was before it, if that can tell.
     """
 
     batches: PyTree
     filled: int
     examples: int
     last: bool
+    loader_state: Any = None
 
 
 class Feed:
@@ -53,6 +61,7 @@ class Feed:
         start: batches of the epoch that are done, when a run goes on inside it.
         position: examples in them.
         limit: batches in an epoch, when the loader has no end; ``None``: until the loader ends.
+        loader_state: where a loader with ``get_state`` was before, and how many batches were read since.
 
     Attributes:
         first: the first batch.
@@ -60,25 +69,62 @@ class Feed:
     Raises:
         TypeError: the loader cannot be iterated over.
         NoBatches: it gave no batch.
+        BatchError: it cannot be put where the run goes on.
     """
 
     def __init__(
-        self, loader: Any, name: str, epoch: int = 0, start: int = 0, position: int = 0, limit: int | None = None
+        self,
+        loader: Any,
+        name: str,
+        epoch: int = 0,
+        start: int = 0,
+        position: int = 0,
+        limit: int | None = None,
+        loader_state: tuple[Any, int] | None = None,
     ):
         self._loader, self._name, self._epoch, self._limit = loader, name, epoch, limit
         self._start, self._position = start, position
+        self._iterator: Any = None  # the loader's, if it can tell where it is
         if isinstance(loader, ArrayLoader):
             batches = loader.batches(epoch, position)
         elif isinstance(loader, Iterable):
-            batches = itertools.islice(loader, start, None)
+            batches = self._positioned(loader, loader_state)
         else:
             raise TypeError(f"{name} must be an iterable of batches, got {loader!r}")
         self._batches = (_leaves_of(batch, name) for batch in batches)
+        self._loader_state = self._where()
         try:
             self._first, self._form = next(self._batches)
         except StopIteration:
             raise NoBatches(self._nothing()) from None
         self.first = jax.tree.unflatten(self._form.treedef, self._first)
+
+    def _positioned(self, loader: Iterable[Any], loader_state: tuple[Any, int] | None) -> Iterator[Any]:
+        """Return the batches from where the run goes on."""
+        iterator, skipped = iter(loader), self._start
+        if has_state(iterator):
+            self._iterator = iterator
+            if loader_state is not None:
+                iterator.set_state(loader_state[0])  # type: ignore[attr-defined]
+                skipped = loader_state[1]
+            elif iterator is loader:
+                skipped = 0  # it is where the run left it
+        elif skipped and iterator is loader:
+            raise BatchError(cannot_go_on(loader, self._name))
+        elif skipped and not isinstance(loader, Sequence):
+            _logger.warning(
+                "%s cannot be put at a position: its first %d batches of epoch %d are read and left out. The run goes "
+                "on exactly if it gives the same batches, in the same order, every time",
+                self._name,
+                skipped,
+                self._epoch,
+            )
+        for _ in itertools.islice(iterator, skipped):
+            pass
+        return iterator
+
+    def _where(self) -> Any:
+        return None if self._iterator is None else self._iterator.get_state()
 
     @property
     def length(self) -> int | None:
@@ -130,7 +176,7 @@ class Feed:
                 yield stack.finished(last=False)
                 stack = None
             if stack is None:
-                stack, deadline = _Stack(rows, leaves, form), time.monotonic() + seconds
+                stack, deadline = _Stack(rows, leaves, form, self._loader_state), time.monotonic() + seconds
             stack.add(leaves)  # before the loader is asked for more, so that it may reuse its buffers
             done += 1
             try:
@@ -151,6 +197,7 @@ class Feed:
         if done == self._limit:
             return None
         try:
+            self._loader_state = self._where()
             batch = next(self._batches, None)
         except Exception as error:
             error.add_note(f"in {self._name}, after {done} batches of epoch {self._epoch}")
@@ -208,8 +255,8 @@ def _leaves_of(batch: PyTree, name: str) -> tuple[list[Any], _Form]:
 class _Stack:
     """Batches of one form, copied into rows as they come, so that a loader may reuse its buffers."""
 
-    def __init__(self, rows: int | None, leaves: list[Any], form: _Form):
-        self._rows, self._treedef = rows, form.treedef
+    def __init__(self, rows: int | None, leaves: list[Any], form: _Form, loader_state: Any):
+        self._rows, self._treedef, self._loader_state = rows, form.treedef, loader_state
         self._examples = batch_size_of(leaves)
         self._kept: list[list[Any]] | None = None
         self._buffers: list[np.ndarray] = []
@@ -234,7 +281,7 @@ class _Stack:
         else:  # arrays on the device: stacked there, always as many, so that the stacking compiles once
             rows = self._kept + [self._kept[-1]] * (self._rows - self.filled)
             leaves = [jnp.stack(column) for column in zip(*rows, strict=True)]
-        return Chunk(jax.tree.unflatten(self._treedef, leaves), self.filled, self._examples, last)
+        return Chunk(jax.tree.unflatten(self._treedef, leaves), self.filled, self._examples, last, self._loader_state)
 
 
 class Ahead:

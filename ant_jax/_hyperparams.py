@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ant_jax._trees import PyTree
 
@@ -48,6 +49,12 @@ class Hyperparams(dict[str, Any]):
 def read(opt_state: PyTree, callback_states: Mapping[str, Any]) -> Hyperparams:
     """Return every hyper-parameter by its name, as ``TrainState.hyperparams`` describes."""
     return Hyperparams({name: place.value for name, place in _places(opt_state, callback_states).items()})
+
+
+def changeable(opt_state: PyTree, callback_states: Mapping[str, Any]) -> dict[str, Any]:
+    """Return, as plain Python, every hyper-parameter that no schedule sets."""
+    places = _places(opt_state, callback_states)
+    return {name: np.asarray(place.value).tolist() for name, place in places.items() if not place.scheduled}
 
 
 def written(

@@ -1,47 +1,85 @@
-"""Ctrl-C at a moment when nothing is lost."""
+"""Ctrl-C and SIGTERM at a moment when nothing is lost."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
 
 
-class LaunchGuard:
-    """Holds a Ctrl-C back while a launch overwrites the state, since between the launch and the assignment of what it
-    returns there is no state that anybody could read.
+# What a shell reports of a process that a SIGTERM has ended.
+TERMINATED = 128 + signal.SIGTERM
 
-    The first one during a launch is raised when the launch is made, a second one at once.
+
+class Interrupts:
+    """Holds Ctrl-C and SIGTERM back until the run has come to a place that it could go on from.
+
+    A launch overwrites the state, and hooks make the next one step by step; an exception in between would leave a
+    state that nobody can read, or half of a moment. So a signal is noted, and ``check``, which the loop calls where
+    the state is whole, raises it: ``KeyboardInterrupt`` for Ctrl-C, ``SystemExit(143)`` for SIGTERM. A second signal is
+    raised at once.
+
+    Where ``jax.distributed`` runs, SIGTERM is JAX's own: its preemption notice is asked instead, so that all processes
+    stop at the same place.
     """
 
-    def __init__(self):
-        self._launching = self._pressed = False
+    def __init__(self) -> None:
+        self._noted: signal.Signals | None = None
+        self._installed: dict[signal.Signals, object] = {}
+        self._checks = 0
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle SIGINT while a run goes on, if Python's own handler would otherwise; put that back afterwards."""
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            yield
-            return
-        signal.signal(signal.SIGINT, self._handle)
+        """Handle the signals while a run goes on, in the main thread; put back what was there afterwards.
+
+        A signal that the user handles, or that the process ignores, is left alone.
+        """
+        expected = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        if jax.distributed.is_initialized():
+            del expected[signal.SIGTERM]
+        if threading.current_thread() is not threading.main_thread():
+            expected = {}
+        self._noted = None
+        self._installed = {number: old for number, old in expected.items() if signal.getsignal(number) is old}
+        for number in self._installed:
+            signal.signal(number, self._note)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number, old in self._installed.items():
+                signal.signal(number, old)  # type: ignore[arg-type]
+            self._installed = {}
 
-    def _handle(self, number: int, frame: Any) -> None:
-        if not self._launching or self._pressed:
-            signal.default_int_handler(number, frame)
-        self._pressed = True
+    def check(self) -> None:
+        """Raise what has been noted; the state must be whole.
 
-    def __enter__(self) -> None:
-        self._launching = True
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed.
+            SystemExit: the process was asked to terminate.
+        """
+        if jax.distributed.is_initialized() and self._noted is None:
+            self._checks += 1
+            if multihost_utils.reached_preemption_sync_point(self._checks):
+                self._noted = signal.SIGTERM
+        if self._noted is not None:
+            self._raise(self._noted)
 
-    def __exit__(self, *exception: object) -> None:
-        self._launching = False
-        if self._pressed:
-            self._pressed = False
-            raise KeyboardInterrupt
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self._noted is not None:
+            self._raise(signal.Signals(number))
+        self._noted = signal.Signals(number)
+        # Not by print: the signal may have come inside one.
+        os.write(2, f"\n{self._noted.name}: the run ends after this step; once more ends it at once\n".encode())
+
+    def _raise(self, number: signal.Signals) -> None:
+        self._noted = number  # so that one that comes while the exception is on its way is raised at once, too
+        if number == signal.SIGTERM:
+            raise SystemExit(TERMINATED)
+        raise KeyboardInterrupt

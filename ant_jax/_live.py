@@ -7,7 +7,6 @@ import sys
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from ant_jax._state import HostFields, TrainState, strong
 
@@ -18,6 +17,10 @@ def _reference_counts(objects: list[Any]) -> list[int]:
 
 # What `_reference_counts` says of an object that nothing but the list refers to.
 _SOLE_OWNER = _reference_counts([object()])[0]
+
+
+def _copied(leaf: jax.Array) -> jax.Array:
+    return jax.device_put(leaf, may_alias=False)  # as jnp.copy does, but compiles nothing
 
 
 class DevicePart(NamedTuple):
@@ -66,7 +69,8 @@ class Live:
     tell numpy whether an array may be resized in place. So nobody meets a deleted array, whether it is the caller of
     ``fit`` or a callback that keeps the best parameters, and a run whose callbacks keep nothing copies nothing. (An
     alias that JAX makes without saying so, by ``jax.device_put`` to the same device or ``addressable_data``, is not
-    seen: reading one later raises. Keep the array itself, or ``jnp.copy`` it.)
+    seen: reading one later raises. Keep the array itself, or ``jnp.copy`` it.) What is still being written to a
+    checkpoint is kept in this way, too.
 
     Args:
         state: to begin with; the caller's own, which stays readable.
@@ -78,10 +82,12 @@ class Live:
         key: the random key.
         key_data: the same as plain numbers. Compiled code leaves the key as it is, so it need not return it; and JAX
             hands plain arrays to compiled code faster than arrays of keys.
+        lost: whether a launch is overwriting the state, so that there is none that anybody could read.
     """
 
     def __init__(self, state: TrainState, device_names: frozenset[str]):
         self._device_names = device_names
+        self.lost = False
         self.put(state)
 
     def put(self, state: TrainState) -> None:
@@ -127,16 +133,22 @@ class Live:
             host.batch_sizes,
             host.history,
             host.published,
+            host.opened,
+            host.data,
+            host.fused,
+            host.hyperparams,
         )
 
     def take(self) -> list[Any]:
         """Hand over the leaves of the device part to be overwritten; ``give`` must follow."""
         leaves = self._leaves
+        self.lost = True
         for position, count in enumerate(_reference_counts(leaves)):
             if count != _SOLE_OWNER:
-                leaves[position] = jnp.copy(leaves[position])
+                leaves[position] = _copied(leaves[position])
         return leaves
 
     def give(self, leaves: list[Any]) -> None:
         """Take the leaves that a launch made of those that it was handed."""
         self._leaves = leaves
+        self.lost = False

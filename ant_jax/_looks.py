@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from ant_jax._callback import Callback, HookFn
 from ant_jax._engine import Launch
 from ant_jax._logs import Logs
 from ant_jax._pace import LAUNCH_SECONDS
+from ant_jax._state import OpenWindow
 
 
 class Look:
@@ -38,7 +39,7 @@ class Look:
         self.callback, self.hooks, self.every = callback, hooks, callback.every
         self.open = False
         self._published: Mapping[str, Any] = {}
-        self._launches: list[Launch] = []
+        self._launches: list[Launch | _Passed] = []
         self._seen: set[str] = set()
         self._ended_at = time.monotonic()
 
@@ -49,9 +50,24 @@ class Look:
         self._seen.add(name)
         return True
 
-    def resume(self, batch_idx: int) -> None:
-        """Open the window that a run which goes on inside an epoch was in; its beginning has been seen."""
-        if isinstance(self.every, range):
+    @property
+    def window(self) -> OpenWindow:
+        """What has passed in the window that is open."""
+        launches = list(self._launches)
+        return OpenWindow(self._published, lambda: _read(launches))
+
+    def resume(self, batch_idx: int, windows: Mapping[str, OpenWindow] | None) -> None:
+        """Open the window that a run which goes on inside an epoch was in; its beginning has been seen.
+
+        Args:
+            batch_idx: where the run goes on.
+            windows: those that were open there, by the callback's name; ``None``, if nobody kept them.
+        """
+        if windows is not None and self.callback.name in windows:
+            window = windows[self.callback.name]
+            self.open, self._published = True, window.published
+            self._launches.append(_Passed(window))
+        elif isinstance(self.every, range):
             self.open = self.every.start < batch_idx < self.every.stop
         else:
             self.open = self.every is not None and batch_idx % self.every > 0
@@ -93,7 +109,14 @@ class Look:
         return Logs({**logs, **self._published}, lambda: _read(launches))
 
 
-def _read(launches: list[Launch]) -> dict[str, np.ndarray]:
+class _Passed:
+    """The batches of a window that had passed before the run went on."""
+
+    def __init__(self, window: OpenWindow):
+        self.read = window.read
+
+
+def _read(launches: Sequence[Launch | _Passed]) -> dict[str, np.ndarray]:
     """Join the logs of launches into arrays whose first axis is the batch; waits for the device."""
-    parts = [launch.read() for launch in launches if launch.steps]
+    parts = [logs for logs in (launch.read() for launch in launches) if len(logs.get("batch_size", ()))]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}

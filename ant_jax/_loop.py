@@ -22,7 +22,8 @@ done. After an exception ``on_exception`` comes, and nothing else. Of the batch 
 around launches, ``every`` so many batches, and those of traced callbacks inside the step, at every batch.
 ``on_checkpoint`` comes where the state is whole, so that a run could go on from it: after all ``on_batch_end`` of a
 look, for the callbacks that looked, unless the epoch's batches end there; and after all ``on_epoch_end``, when the
-epoch counts as done.
+epoch counts as done. Ctrl-C and SIGTERM act where the state is whole, too: between launches, in an evaluation, and
+between epochs.
 
 A batch size that a callback asks for begins at its batch, in the order of the examples that the epoch has.
 
@@ -32,7 +33,8 @@ What is published when a scope opens is still in the logs when it closes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Mapping
+import dataclasses
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -48,14 +50,16 @@ from ant_jax._engine import (
 )
 from ant_jax._events import Events
 from ant_jax._feed import Ahead, Feed
+from ant_jax._interrupt import Interrupts
 from ant_jax._live import Live
 from ant_jax._logs import Logs
 from ant_jax._looks import Look
 from ant_jax._pace import LAUNCH_SECONDS
 from ant_jax._run import Run
-from ant_jax._state import TrainState, refuse_mismatch
+from ant_jax._state import HostFields, StateMismatch, TrainState, refuse_mismatch
 from ant_jax._sums import means
-from ant_jax.data import ArrayLoader, BatchError, NoBatches
+from ant_jax._trees import in_lines
+from ant_jax.data import ArrayLoader, BatchError, NoBatches, description_of
 
 
 class Loop:
@@ -87,54 +91,92 @@ class Loop:
         self._train_loader, self._val_loader = train_loader, val_loader
         self._steps_per_epoch, self._run = steps_per_epoch, run
         self._window: int = trainer.gradient_accumulation_steps
-        self._live = Live(state.replace(stop=False), events.device_names)
+        host = state.on_host()
+        # What is to be taken up where the run goes on, and by then is no more what it says.
+        self._windows, self._loader_state = host.windows, host.loader
+        self._live = Live(state.replace(stop=False, host=_without_places(host)), events.device_names)
+        self._interrupts = Interrupts()
+        self._looks: list[Look] = []
 
     def run(self) -> TrainState:
         """Train to the end."""
-        with self._programs.guard.installed():
+        with self._interrupts.installed():
             try:
-                return self._train()
+                self._train()
             except BaseException as error:
-                state = self._live.get()
+                state = self._state()
                 self._events.tell(error, self._trainer, state)
-                with contextlib.suppress(AttributeError):  # an exception without room for attributes
-                    setattr(error, "train_state", state)  # noqa: B010  # it is no declared attribute
-                    error.add_note("the state of the run as it was then is this exception's attribute train_state")
+                if not self._live.lost:
+                    _hand_over(error, state)
                 raise
+            state = self._state()
+            try:
+                self._interrupts.check()
+            except BaseException as error:  # a signal that came in on_train_end; everything is closed by then
+                _hand_over(error, state)
+                raise
+            return state
 
-    def _train(self) -> TrainState:
+    def _train(self) -> None:
         live = self._live
         opening = self._hook("on_train_begin", None, {})
         closing: Mapping[str, Any] = {}
         while live.host.epoch < self._run.num_epochs and not live.stop:
             closing = self._epoch(live.host.epoch)
         self._hook("on_train_end", None, {**opening, **closing})
-        return live.get()
 
     def _epoch(self, epoch: int) -> Mapping[str, Any]:
         live = self._live
-        opening: Mapping[str, Any] = {}
+        if live.host.batch_idx > 0:
+            refuse_other_data(live.host, self._train_loader)
+        live.move(data=description_of(self._train_loader))
         if live.host.batch_idx == 0:
-            opening = self._hook("on_epoch_begin", epoch, {})
+            live.move(opened=self._hook("on_epoch_begin", epoch, {}))
+            self._run.whole = False
         trained, evaluated = self._batches(epoch), {}
         if self._val_loader is not None:
             state, evaluated = evaluate(
-                self._trainer, self._events, self._programs, live.get(), self._val_loader, "val_loader"
+                self._trainer,
+                self._events,
+                self._programs,
+                live.get(),
+                self._val_loader,
+                "val_loader",
+                self._interrupts.check,
             )
+            self._run.whole = False
             live.put(state)
             del state  # who still refers to the state when the next launch overwrites it, makes it copy
-        closing = self._hook("on_epoch_end", epoch, {**opening, **trained, **evaluated})
+        closing = self._hook("on_epoch_end", epoch, {**live.host.opened, **trained, **evaluated})
         live.update(log_sums=None)
         history = live.host.history.appended(closing)
         waiting = tuple((0, size) for start, size in live.host.batch_sizes if start <= live.host.batch_idx)
-        live.move(epoch=epoch + 1, batch_idx=0, examples=0, batch_sizes=waiting[-1:], history=history, published={})
-        self._hook("on_checkpoint", None, closing)
+        position = {"epoch": epoch + 1, "batch_idx": 0, "examples": 0, "batch_sizes": waiting[-1:]}
+        live.move(**position, history=history, published={}, opened={})
+        if not isinstance(self._train_loader, Iterator):
+            self._loader_state = None  # it begins anew
+        self._looks = []
+        self._reach_whole(closing)
         return closing
+
+    def _reach_whole(self, logs: Mapping[str, Any], only: Container[str] | None = None) -> None:
+        """The run could go on from here: let callbacks save, and signals act."""
+        self._run.whole = True
+        self._hook("on_checkpoint", None, logs, only)
+        self._interrupts.check()
+
+    def _state(self) -> TrainState:
+        """The state with everything in it that a run which goes on from here needs."""
+        state = self._live.get()
+        if not self._run.whole:
+            return state
+        windows = {look.callback.name: look.window for look in self._looks if look.open}
+        return state.replace(host=dataclasses.replace(state.on_host(), windows=windows, loader=self._loader_state))
 
     def _batches(self, epoch: int) -> dict[str, Any]:
         """Train on the batches of an epoch; returns their means as ``train_`` logs."""
         live = self._live
-        looks = [Look(*watcher) for watcher in self._events.watchers]
+        self._looks = looks = [Look(*watcher) for watcher in self._events.watchers]
         program = None
         while True:  # over stretches of batches of one size
             self._resize()
@@ -143,8 +185,11 @@ class Loop:
             except NoBatches:
                 if live.host.batch_idx == 0:
                     raise
+                self._run.whole = True
                 break  # the run goes on after the last batch of an epoch
-            begun, program = program is not None, self._programs.train(live.part(), live.key, feed.first)
+            begun = program is not None
+            program = self._programs.train(live.part(), live.key, feed.first, live.host.fused)
+            live.move(fused=(jax.default_backend(), program.fused))
             self._open(program, looks, begun)
             over = self._train_on(feed, program, looks)
             program.pace.interrupted()
@@ -156,7 +201,13 @@ class Loop:
         host = self._live.host
         with self._run.costs.waiting_for_data():
             feed = Feed(
-                self._loader(), "train_loader", epoch, host.batch_idx, host.examples, limit=self._steps_per_epoch
+                self._loader(),
+                "train_loader",
+                epoch,
+                host.batch_idx,
+                host.examples,
+                self._steps_per_epoch,
+                self._loader_state,
             )
         self._run.steps_per_epoch = feed.epoch_length
         return feed
@@ -192,6 +243,7 @@ class Loop:
             while cursor.remaining:
                 if self._resize():
                     return False
+                self._run.whole = False
                 self._begin_looks(looks, cursor)
                 if self._resize():  # the looks that have begun stay open
                     return False
@@ -199,7 +251,9 @@ class Loop:
                 if not cursor.remaining:
                     chunks.fetch()
                 program.pace.launched(launch.steps, launch.latest["loss"])
+                self._loader_state = None if chunk.loader_state is None else (chunk.loader_state, cursor.row)
                 if self._end_looks(looks, cursor, launch):
+                    self._run.whole = True
                     return True
         raise RuntimeError("the chunks ended without a last one")  # cannot be: Feed marks it
 
@@ -219,7 +273,8 @@ class Loop:
         expected, _ = jax.eval_shape(program.begin_epoch, part.accumulator)
         refuse_mismatch("log_sums", expected, part.log_sums, "this trainer, going on inside an epoch,")
         for look in [] if begun else looks:
-            look.resume(start)
+            look.resume(start, self._windows)
+        self._windows = None
 
     def _is_over(self, cursor: Cursor) -> bool:
         """Whether the epoch's batches end here: with the last, or as asked, but not inside an accumulation window."""
@@ -261,8 +316,8 @@ class Loop:
                 logs = self._look("on_batch_end", [look for look in looks if look.open], done - 1, logs)
         if len(logs) > len(launch.latest) + 1:
             self._sum_published(logs, launch, cursor.chunk.examples)
-        if ending and not over:
-            self._hook("on_checkpoint", None, logs, {look.callback.name for look in ending})
+        if not over:
+            self._reach_whole(logs, {look.callback.name for look in ending})
         return over
 
     def _look(self, name: str, looks: list[Look], batch_idx: int, logs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -300,16 +355,46 @@ class Loop:
     def _hook(
         self, name: str, lead: Any, logs: Mapping[str, Any], only: Container[str] | None = None
     ) -> Mapping[str, Any]:
-        if self._events.has(name):
-            given = self._live.get()
+        if self._events.has(name) and (only is None or only):
+            given = self._state()
             state, logs = self._events.host_hook(name, lead, self._trainer, given, logs, only)
             if state is not given:
-                self._live.put(state)
+                self._live.put(state.replace(host=_without_places(state.on_host())))
         return logs
 
 
+def _without_places(host: HostFields) -> HostFields:
+    """Host fields without what holds only at one place of the run."""
+    return dataclasses.replace(host, windows=None, loader=None)
+
+
+def _hand_over(error: BaseException, state: TrainState) -> None:
+    with contextlib.suppress(AttributeError):  # an exception without room for attributes
+        setattr(error, "train_state", state)  # noqa: B010  # it is no declared attribute
+        error.add_note("the state of the run as it was then is this exception's attribute train_state")
+
+
+def refuse_other_data(host: HostFields, loader: Any) -> None:
+    """Raise StateMismatch if the training loader has other data than the run has had so far."""
+    expected, got = host.data, description_of(loader)
+    known = {name: value for name, value in (expected or {}).items() if value is not None and name in got}
+    lines = [f"{name}: expected {value!r}, got {got[name]!r}" for name, value in known.items() if got[name] != value]
+    if lines:
+        raise StateMismatch(
+            f"the run is at batch {host.batch_idx} of epoch {host.epoch}, and train_loader has other data than it has "
+            f"had so far. To go on with other data, restore a checkpoint of the end of an epoch with trainer.restore, "
+            f"and give it to fit:{in_lines(lines)}"
+        )
+
+
 def evaluate(
-    trainer: Any, events: Events, programs: Programs, state: TrainState, loader: Any, name: str
+    trainer: Any,
+    events: Events,
+    programs: Programs,
+    state: TrainState,
+    loader: Any,
+    name: str,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[TrainState, Mapping[str, Any]]:
     """Run the evaluation hooks, and between them the evaluation of every batch.
 
@@ -320,6 +405,7 @@ def evaluate(
         state: to evaluate.
         loader: any iterable of batches.
         name: what errors call the loader.
+        between: called between launches, and at the end.
 
     Returns:
         The state and the logs as the last ``on_evaluate_end`` left them.
@@ -332,9 +418,12 @@ def evaluate(
         before, chunk = sums, on_device(chunk)
         sums = program.add(state.params, state.model_state, chunk, before)
         jax.block_until_ready(before)  # no more than two chunks under way
+        between()
     values = means(sums)
     logs = {**opening, **{f"val_{name}": values[name] for name in loss_first(values)}}
-    return events.host_hook("on_evaluate_end", None, trainer, state, logs)
+    ended = events.host_hook("on_evaluate_end", None, trainer, state, logs)
+    between()
+    return ended
 
 
 def loss_first(names: Mapping[str, Any]) -> list[str]:

@@ -63,8 +63,10 @@ class Run:
         num_epochs: in all.
         steps_per_epoch: batches in the epoch under way; ``None`` if nobody can tell.
         costs: so far.
+        whole: whether a run that went on from the state as it is would end as this one does.
     """
 
     num_epochs: int
     steps_per_epoch: int | None
     costs: Costs
+    whole: bool = False

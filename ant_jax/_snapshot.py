@@ -15,7 +15,7 @@ import numpy as np
 
 from ant_jax._encoding import decoded, encoded, rebuilt, structure_of
 from ant_jax._history import History
-from ant_jax._state import HostFields, StateMismatch, TrainState, strong
+from ant_jax._state import HostFields, OpenWindow, StateMismatch, TrainState, strong
 from ant_jax._sums import LogSums, PackedLogs
 from ant_jax._trees import PyTree, describe, in_lines
 
@@ -25,8 +25,8 @@ _logger = logging.getLogger("ant_jax")
 FORMAT = 1
 # The fields of a state that are arrays; those of callbacks are added one by one.
 FIELDS = ("step", "params", "model_state", "opt_state", "key", "accumulator", "loss_scale", "log_sums")
-# The host fields that are plain numbers.
-HOST_FIELDS = ("epoch", "batch_idx", "examples", "batch_size", "batch_sizes")
+# The host fields that are plain Python.
+HOST_FIELDS = ("epoch", "batch_idx", "examples", "batch_size", "batch_sizes", "opened", "data", "fused", "hyperparams")
 _PACKAGES = ("ant_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 Path = tuple[str, ...]
@@ -120,7 +120,13 @@ def filled(
     arrays = {k: leaf for k, leaf in saved.arrays.items() if k[0] != "log_sums" and k not in of_memories}
     found = _matched(arrays, host["keys"], {field: getattr(form, field) for field in FIELDS if field != "log_sums"})
     sums = None if host["log_sums"] is None else _sums_of(saved.arrays, host["log_sums"])
-    fields = HostFields(**host["fields"], history=History(host["history"]), published=host["published"])
+    fields = HostFields(
+        **host["fields"],
+        history=History(host["history"]),
+        published=host["published"],
+        loader=host["loader"],
+        windows=_windows_of(host["windows"]),
+    )
     state = form.replace(**found, log_sums=sums, callback_states={}, stop=host["stop"], host=fields)
     fresh = initial_memories(state)
     saved_names = {keys[1] for keys in of_memories} | host["memories"].keys()
@@ -196,10 +202,11 @@ def _by_path(tree: PyTree) -> dict[Path, jax.Array]:
 
 
 def _plain(leaf: jax.Array) -> Any:
-    # Orbax copies numpy arrays, and what is on an accelerator, before its `save` returns. A JAX array on a CPU it only
-    # views, and reads while the next steps run; so that goes to it as numpy, itself a view and free of charge.
+    # What is on an accelerator is fetched once, for Orbax and for the checksums; then its memory there is free. A JAX
+    # array on a CPU is only viewed: who saves must keep it until it is written, and the trainer's launches then copy
+    # it before they overwrite it.
     leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-    return np.asarray(leaf) if {device.platform for device in leaf.devices()} == {"cpu"} else leaf
+    return leaf if {device.platform for device in leaf.devices()} == {"cpu"} else np.asarray(leaf)
 
 
 def _host_part(state: TrainState, leaves: Mapping[Path, jax.Array]) -> dict[str, Any]:
@@ -208,7 +215,9 @@ def _host_part(state: TrainState, leaves: Mapping[Path, jax.Array]) -> dict[str,
         "format": FORMAT,
         "versions": dict(_versions()),
         "saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "fields": {name: getattr(host, name) for name in HOST_FIELDS},
+        "fields": {name: _python(getattr(host, name)) for name in HOST_FIELDS},
+        "loader": host.loader,
+        "windows": _read_windows(host.windows),
         "history": list(host.history),
         "published": dict(host.published),
         "stop": bool(state.stop),
@@ -217,6 +226,22 @@ def _host_part(state: TrainState, leaves: Mapping[Path, jax.Array]) -> dict[str,
         "log_sums": None if sums is None else {"names": list(sums.totals.names), "others": sorted(sums.totals.others)},
     }
     return {name: encoded(value, f"the state's {name}") for name, value in parts.items()}
+
+
+def _python(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _read_windows(windows: Mapping[str, OpenWindow] | None) -> Any:
+    if windows is None:
+        return None
+    return {name: (dict(window.published), dict(window.read())) for name, window in windows.items()}
+
+
+def _windows_of(saved: Mapping[str, Any] | None) -> dict[str, OpenWindow] | None:
+    if saved is None:
+        return None
+    return {name: OpenWindow(published, functools.partial(dict, logs)) for name, (published, logs) in saved.items()}
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import chex
@@ -30,6 +30,19 @@ class HostFieldError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
+class OpenWindow:
+    """A look of a host callback that has begun and not ended.
+
+    Attributes:
+        published: by its ``on_batch_begin``.
+        read: returns the logs of the batches that have passed in it, ``{name: [batches, ...]}``; waits for the device.
+    """
+
+    published: Mapping[str, Any]
+    read: Callable[[], Mapping[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
 class HostFields:
     """What the host knows about a run. Plain Python: it never enters the compiled step.
 
@@ -41,6 +54,12 @@ class HostFields:
         batch_sizes: those asked for that are still to come, each with the batch of the epoch from which it holds.
         history: the logs of the epochs that are done.
         published: sum and weight of every value that host hooks have published in this epoch.
+        opened: what ``on_epoch_begin`` of this epoch has published.
+        data: what the training loader of this epoch says of its data; see :func:`ant_jax.data.description_of`.
+        fused: the backend, and whether many steps ran in one launch there; ``None`` before the first.
+        hyperparams: those that can be changed while training, as the code had them when the run began.
+        windows: the looks of host callbacks that are open here, by the callback's name; ``None`` where nobody asked.
+        loader: where a loader with ``get_state`` was, and how many batches have been read since.
     """
 
     epoch: int = 0
@@ -50,6 +69,12 @@ class HostFields:
     batch_sizes: tuple[tuple[int, int], ...] = ()
     history: History = History()
     published: Mapping[str, tuple[Any, int]] = dataclasses.field(default_factory=dict)
+    opened: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    data: Mapping[str, Any] | None = None
+    fused: tuple[str, bool] | None = None
+    hyperparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    windows: Mapping[str, OpenWindow] | None = None
+    loader: tuple[Any, int] | None = None
 
     def __hash__(self) -> int:  # makes a whole TrainState a valid argument of a user's own jax.jit
         return hash((self.epoch, self.batch_idx, len(self.history)))

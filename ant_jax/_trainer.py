@@ -18,16 +18,17 @@ import optax
 from ant_jax._beginning import Beginning
 from ant_jax._callback import Callback
 from ant_jax._engine import Fuse, Programs
-from ant_jax._events import Events, initial_memories
+from ant_jax._events import Events
 from ant_jax._history import History, to_python
-from ant_jax._loop import Loop, evaluate
+from ant_jax._loop import Loop, evaluate, refuse_other_data
 from ant_jax._models import PureModel, applied, initialized, pure_functions
 from ant_jax._run import Costs, Run
 from ant_jax._state import TrainState, refuse_mismatch, strong
 from ant_jax._step import COMPUTE_DTYPES, STEP_LOGS, LossFn, Step, cast_floating, criterion_loss, general_loss
 from ant_jax._trees import PyTree, describe_tree
 from ant_jax.callbacks import progress_bar
-from ant_jax.data import batch_size_of, canonical, inputs_of, length_of, refuse_bad_length
+from ant_jax.callbacks._printing import print_beside_bars
+from ant_jax.data import batch_size_of, canonical, inputs_of, length_of, refuse_bad_length, refuse_read_once
 
 
 if TYPE_CHECKING:  # Orbax takes long to import
@@ -158,6 +159,18 @@ class Trainer:
         return self._running("steps_per_epoch").steps_per_epoch
 
     @property
+    def whole(self) -> bool:
+        """Whether a run that went on from the state of this hook would end as this one does; for host hooks.
+
+        So it is in ``on_checkpoint``, and in ``on_exception`` unless the exception came between a step and the end of
+        the hooks after it.
+
+        Raises:
+            RuntimeError: as for ``num_epochs``.
+        """
+        return self._running("whole").whole
+
+    @property
     def costs(self) -> Costs:
         """What the ``fit`` that is running has cost so far; for host hooks.
 
@@ -197,75 +210,140 @@ class Trainer:
         directory: str | os.PathLike[str],
         *,
         keep: int | None = None,
+        keep_best: int = 0,
         mode: Literal["min", "max"] | None = None,
-        save_last: bool = True,
+        allow_nonfinite: bool = False,
     ) -> Checkpointer:
         """Open a directory to save states into, in the background; for loops of your own, and for callbacks.
 
         Args:
-            directory: where to; it is made.
-            keep: how many checkpoints to keep: the newest, or the best when there is a ``mode``; ``None``: all.
+            directory: where to; it is made. It is locked until the checkpointer is closed or the process ends.
+            keep: how many of the newest checkpoints to keep; ``None``: all.
+            keep_best: how many of the best to keep beside them.
             mode: whether a smaller (``"min"``) or a larger (``"max"``) metric is better; ``None``: no metrics.
-            save_last: with a ``mode``, whether to keep the newest beside the best.
+            allow_nonfinite: whether to save parameters that are NaN or infinite, too, which is refused otherwise.
 
         Returns:
-            A context manager with ``save(state, metric=None)``, ``wait()``, ``close()``, ``steps``, ``latest_step`` and
-            ``best_step``. It removes what saves that were cut short have left, so open none on a directory that
-            another process is saving into.
+            A context manager with ``save(state, metric=None)``, ``poll()``, ``wait()``, ``close()``, ``steps``,
+            ``latest_step`` and ``best_step``.
+
+        Raises:
+            NotADirectoryError: ``directory``, or what it is in, is a file.
+            OSError: it cannot be written to.
+            CheckpointError: something else is saving into it; the message says which process.
         """
         from ant_jax._checkpoint import Checkpointer
 
-        device_names = self._events.device_names
-        return Checkpointer(directory, device_names, keep=keep, mode=mode, save_last=save_last)
+        return Checkpointer(
+            directory,
+            self._events.device_names,
+            keep=keep,
+            keep_best=keep_best,
+            mode=mode,
+            allow_nonfinite=allow_nonfinite,
+        )
 
-    def save(self, directory: str | os.PathLike[str], state: TrainState) -> None:
+    def save(self, directory: str | os.PathLike[str], state: TrainState, *, allow_nonfinite: bool = False) -> None:
         """Save a state; it is on disk when this returns.
 
         Args:
             directory: which keeps all that is saved into it, each state under its step.
             state: to save.
+            allow_nonfinite: whether to save parameters that are NaN or infinite, too.
 
         Raises:
             StateMismatch: the state is not one of this trainer's.
             TypeError: a callback's memory cannot be saved.
             FileExistsError: the directory has a checkpoint of that step, or of a later one.
+            CheckpointError: it could not be written, or a run is saving into the directory.
+            NonFiniteError: the parameters are not finite.
         """
         self._states.check(state)
-        with self.checkpointer(directory) as checkpointer:
+        with self.checkpointer(directory, allow_nonfinite=allow_nonfinite) as checkpointer:
             checkpointer.save(state)
 
     def restore(
-        self, directory: str | os.PathLike[str], step: int | None = None, *, like: TrainState | None = None
+        self,
+        directory: str | os.PathLike[str],
+        step: int | None = None,
+        *,
+        like: TrainState | None = None,
+        fall_back: bool = False,
     ) -> TrainState:
         """Restore a state; ``fit`` goes on from it, bit for bit.
+
+        All that is read is compared with its checksums, so a damaged checkpoint never gives a wrong number.
 
         Args:
             directory: that was saved into.
             step: of the state; ``None``: the newest there is.
             like: a state of this trainer, for parameters in containers other than dict, list and tuple, which a file
                 cannot describe (Equinox modules, flax.struct dataclasses). Arrays of it that are committed to devices
-                also say where the restored ones go.
+                also say where the restored ones go. Without it, whether the parameters are the model's is known only
+                when it first sees a batch.
+            fall_back: whether to take the newest sound checkpoint where the newest is damaged; damaged ones are renamed
+                to ``step_<N>.corrupt``, with a warning. Not together with ``step``.
 
         Returns:
             The state as it was saved. A callback that the checkpoint does not know starts afresh, and one that this
-            trainer does not have is left out; both are named in a warning (logger ``ant_jax``).
+            trainer does not have is left out; both are named in a warning (logger ``ant_jax``). A hyper-parameter that
+            the code has changed since the run began is as it is in the code, which a warning says, too.
 
         Raises:
             FileNotFoundError: there is no such checkpoint; the message says which there are.
+            CheckpointCorrupt: it is damaged, or with ``fall_back`` all are.
             StateMismatch: the checkpoint does not fit this trainer; the message names every leaf that differs.
         """
         from ant_jax._checkpoint import read
-        from ant_jax._snapshot import filled, parameters_of
+        from ant_jax._resume import newest_sound, restored
 
-        saved, form = read(directory, step), like
-        if form is None:
-            key = jax.random.key(0)
-            parameters = parameters_of(saved, "params"), parameters_of(saved, "model_state")
-            form = jax.eval_shape(self._states.without_memories, *parameters, key).replace(key=key)
-        callbacks = self._events.callbacks
-        state = filled(saved, form, self._events.device_names, lambda state: initial_memories(callbacks, state))
+        if fall_back and step is not None:
+            raise ValueError(f"restore: fall_back=True chooses the step; it cannot be step={step!r} at the same time")
+        saved = newest_sound(directory) if fall_back else read(directory, step)
+        return restored(saved, self._states, like)
+
+    def restore_params(
+        self,
+        directory: str | os.PathLike[str],
+        state: TrainState,
+        step: int | None = None,
+        *,
+        only: Sequence[str] = ("*",),
+        source: str | None = None,
+        model_state: bool = False,
+        cast: bool = False,
+    ) -> TrainState:
+        """Take over parameters of another run, to train on from them: the rest of the state stays as it is.
+
+        Args:
+            directory: a directory of checkpoints that ``ant_jax`` saved, or any that Orbax wrote: a checkpoint of a
+                tree, or a ``CheckpointManager``'s directory of steps.
+            state: of this trainer, usually a fresh one.
+            step: of the checkpoint; ``None``: the newest.
+            only: patterns of the parameters to take over, as ``"encoder/*"``; all that match must be in the checkpoint.
+            source: where in the checkpoint the parameters are, as ``"model/params"``; ``None``: under ``params``, or at
+                the root if there is no such entry.
+            model_state: whether to take over the model state, too (such as batch statistics), which is looked for under
+                ``model_state``, or beside the parameters.
+            cast: whether parameters of another dtype are converted, rather than refused.
+
+        Returns:
+            The state with these parameters.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            CheckpointCorrupt: it is damaged.
+            StateMismatch: a parameter is missing, or of another shape or dtype; the message names each.
+            ValueError: a pattern matches no parameter of the state.
+        """
+        from ant_jax._resume import with_params_of
+
         self._states.check(state)
-        return state
+        if isinstance(only, str):
+            raise TypeError(f"restore_params: only must be a sequence of patterns; write only=[{only!r}]")
+        return with_params_of(
+            state, directory, step, only=tuple(only), source=source, model_state=model_state, cast=cast
+        )
 
     def fit(
         self,
@@ -275,12 +353,17 @@ class Trainer:
         val_loader: Any = None,
         *,
         steps_per_epoch: int | None = None,
+        resume: str | os.PathLike[str] | None = None,
     ) -> tuple[TrainState, History]:
         """Train until ``num_epochs`` epochs are done; :mod:`ant_jax._loop` shows the loop with its hooks.
 
         The state that is passed in stays readable. If an exception ends the run, callbacks get ``on_exception`` with
-        the state as it is then, and the exception has that state as its attribute ``train_state``. So has Ctrl-C's
-        ``KeyboardInterrupt``.
+        the state as it is then, and the exception has that state as its attribute ``train_state``.
+
+        Ctrl-C and SIGTERM act when the step under way is done, so that the state is whole: then the run ends with a
+        ``KeyboardInterrupt``, or with ``SystemExit(143)``, as with any exception, and a ``checkpoint`` callback saves
+        it. A second Ctrl-C acts at once. (In the main thread, and unless you handle these signals yourself; where
+        ``jax.distributed`` runs, its preemption notice takes the place of SIGTERM.)
 
         Args:
             state: from ``init``, from an earlier ``fit``, or restored.
@@ -290,19 +373,35 @@ class Trainer:
             val_loader: batches to evaluate on at the end of every epoch.
             steps_per_epoch: end an epoch after so many batches; needed for a loader without an end. An iterator goes on
                 where the last epoch left it, any other iterable starts again.
+            resume: a directory that a ``checkpoint`` callback saves into. If it has a checkpoint, the run goes on from
+                the newest sound one, instead of ``state``; a damaged one is renamed, with a warning. If it has none,
+                the run begins with ``state``. So the same command, started again, goes on. One line says which.
+
+        Where a run goes on inside an epoch, an ``ArrayLoader`` takes up its position; a loader whose iterator has
+        ``get_state`` and ``set_state``, as Grain's have, is put where it was (an iterator that is given itself, also
+        between epochs); any other iterable is read from its beginning, with a warning, unless it is a list; and what
+        can be read only once is refused.
 
         Returns:
             The state after training, and the logs of all its epochs.
 
         Raises:
-            StateMismatch: the state is not one of this trainer's.
-            BatchError: a loader gave no batches, or one that differs from the others.
+            StateMismatch: the state is not one of this trainer's, the checkpoint does not fit it, or the training
+                loader has other data than the epoch began with.
+            CheckpointCorrupt: all checkpoints to resume from are damaged.
+            BatchError: a loader gave no batches, or one that differs from the others, or cannot be put where the run
+                goes on.
             CallbackReturnError: a hook returned what it must not.
         """
         _check_count("num_epochs", num_epochs)
         if steps_per_epoch is not None:
             _check_count("steps_per_epoch", steps_per_epoch)
         self._states.check(state)
+        if resume is not None:
+            state = self._resumed(resume, state, train_loader)
+            if state.stop:
+                print_beside_bars(f"the run was asked to stop, and has: nothing to do after epoch {state.epoch}")
+                return state, state.history
         if num_epochs <= state.epoch:
             _logger.warning(
                 "fit: nothing to do: the state has done %d epochs and num_epochs is %d, which counts from the very "
@@ -320,6 +419,20 @@ class Trainer:
         loop = Loop(running, self._events, self._programs, state, train_loader, val_loader, steps_per_epoch, run)
         state = loop.run()
         return state, state.history
+
+    def _resumed(self, directory: str | os.PathLike[str], state: TrainState, train_loader: Any) -> TrainState:
+        from ant_jax._resume import in_words, newest_sound, restored
+
+        try:
+            saved = newest_sound(directory)
+        except FileNotFoundError:
+            print_beside_bars(f"no checkpoint in {os.fspath(directory)}: the run begins")
+            return state
+        refuse_read_once(train_loader, "train_loader")
+        state = restored(saved, self._states, state)
+        refuse_other_data(state.on_host(), train_loader)
+        print_beside_bars(f"resumed from {in_words(state, saved)} in {os.fspath(directory)}")
+        return state
 
     def evaluate(self, state: TrainState, loader: Any) -> dict[str, Any]:
         """Evaluate on all batches of ``loader``, with the evaluation hooks around it.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import zlib
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -65,6 +67,20 @@ class ArrayLoader:
         """Batches in an epoch."""
         whole, rest = self.left(0)
         return whole + bool(rest)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What fixes the batches, as JSON; see :func:`description_of`."""
+        some = np.linspace(0, self._examples - 1, num=16).astype(int)
+        return {
+            "examples": self._examples,
+            "batch_size": self.batch_size,
+            "shuffle": bool(self.shuffle),
+            "seed": int(self.seed),
+            "drop_last": bool(self.drop_last),
+            "arrays": [describe(leaf) for leaf in self._leaves],
+            "crc32": functools.reduce(lambda crc, leaf: zlib.crc32(leaf[some].tobytes(), crc), self._leaves, 0),
+        }
 
     def with_batch_size(self, batch_size: int) -> ArrayLoader:
         """Return a loader of the same arrays, in the same order, with another batch size.
@@ -141,6 +157,41 @@ def length_of(loader: Any) -> int | None:
         return len(loader)
     except TypeError:
         return None
+
+
+def has_state(iterator: Any) -> bool:
+    """Whether an iterator can tell where it is, and be put there, as Grain's can."""
+    return all(callable(getattr(iterator, method, None)) for method in ("get_state", "set_state"))
+
+
+def cannot_go_on(loader: Any, name: str) -> str:
+    """Say that a loader cannot be put where a run goes on."""
+    return (
+        f"{name} is a {type(loader).__name__}, which can be read only once and cannot be put where the run goes on. "
+        f"Pass an iterable that starts again for every epoch (a list, an ArrayLoader, a DataLoader), or an iterator "
+        f"with get_state and set_state"
+    )
+
+
+def refuse_read_once(loader: Any, name: str) -> None:
+    """Raise BatchError if a run that was saved cannot go on with a loader, since that is read only once."""
+    if isinstance(loader, Iterator) and not has_state(loader):
+        raise BatchError(cannot_go_on(loader, name))
+
+
+def description_of(loader: Any) -> dict[str, Any]:
+    """Describe a loader's data, as JSON, so that another one is noticed when a run goes on.
+
+    An ``ArrayLoader`` by what fixes the order of its batches, by the form of its arrays, and by a checksum of 16
+    examples; any other loader by its length, if it knows that.
+
+    >>> description_of([1, 2, 3])
+    {'batches': 3}
+    """
+    if isinstance(loader, ArrayLoader):
+        return loader.description
+    batches = length_of(loader)
+    return {} if batches is None else {"batches": batches}
 
 
 def refuse_bad_length(loader: Any, name: str, epochs: int, limit: int | None = None) -> None:

@@ -162,8 +162,8 @@ def test_whatever_a_host_hook_keeps_stays_as_it_was():
 
 def test_a_run_whose_callbacks_keep_nothing_copies_nothing(monkeypatch):
     copied: list[int] = []
-    copy = jnp.copy
-    monkeypatch.setattr(_live.jnp, "copy", lambda leaf: copied.append(leaf.size) or copy(leaf))
+    copy = _live._copied
+    monkeypatch.setattr(_live, "_copied", lambda leaf: copied.append(leaf.size) or copy(leaf))
     a_trainer = trainer(look(1), ant.callbacks.gradient_norm(), optimizer=adam())
     state = a_trainer.init(batches()[0])
     a_trainer.fit(state, batches(10), 3, batches(1))

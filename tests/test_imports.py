@@ -14,8 +14,8 @@ PACKAGE = pathlib.Path(ant_jax.__file__).parent
 
 # Bottom to top: a module may import those above its own line.
 LAYERS = [
-    {"_trees", "_interrupt", "_pace"},
-    {"_encoding", "_history", "_hyperparams", "_logs", "_sums", "_models", "metrics"},
+    {"_finite", "_interrupt", "_pace", "_seal", "_trees"},
+    {"_encoding", "_history", "_lock", "_hyperparams", "_logs", "_sums", "_models", "metrics"},
     {"_state", "data"},
     {"_branches", "_callback", "_feed", "_snapshot"},
     {"_checkpoint", "_judging", "_live"},
@@ -23,6 +23,7 @@ LAYERS = [
     {"_step"},
     {"_engine"},
     {"_beginning", "_looks", "_run"},
+    {"_resume"},
     {"callbacks._arguments", "callbacks._background", "callbacks._compile_time", "callbacks._printing"},
     {"callbacks._measures", "callbacks._records"},
     {f"callbacks._{name}" for name in (
@@ -69,7 +70,7 @@ def test_a_module_imports_only_from_layers_below_its_own(name):
         assert height[imported] < height[name], f"{name or '__init__'} imports {imported}"
 
 
-FOR_CALLBACKS = {"_branches", "_callback", "_history", "_hyperparams", "_judging", "_trees"}
+FOR_CALLBACKS = {"_branches", "_callback", "_finite", "_history", "_hyperparams", "_judging", "_seal", "_trees"}
 
 
 def test_callbacks_know_neither_trainer_nor_engine():

@@ -9,40 +9,32 @@ import pytest
 from problems import assert_bit_equal, batches, host, leaves_of, trainer
 
 from ant_jax._engine import TrainProgram
-from ant_jax._interrupt import LaunchGuard
+from ant_jax._interrupt import Interrupts
 
 
-def test_during_a_launch_it_waits_for_the_launch():
-    guard = LaunchGuard()
-    done: list[str] = []
-    with guard.installed():
-        with pytest.raises(KeyboardInterrupt):
-            with guard:
-                signal.raise_signal(signal.SIGINT)
-                done.append("launched")
-        with guard:  # it was raised once, and is over
-            done.append("again")
-    assert done == ["launched", "again"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_outside_a_launch_and_the_second_time_it_comes_at_once():
-    guard = LaunchGuard()
-    with guard.installed():
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            with guard:
-                signal.raise_signal(signal.SIGINT)
-                signal.raise_signal(signal.SIGINT)
-                pytest.fail("the second one was held back")
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_waits_for_a_whole_state_and_a_second_one_does_not(number, error, capfd):
+    interrupts = Interrupts()
+    before = signal.getsignal(number)
+    with interrupts.installed():
+        interrupts.check()
+        signal.raise_signal(number)
+        with pytest.raises(error) as raised:
+            interrupts.check()
+        with pytest.raises(error):
+            signal.raise_signal(number)
+    assert getattr(raised.value, "code", 143) == 143
+    assert signal.getsignal(number) is before
+    assert f"{number.name}: the run ends after this step; once more ends it at once" in capfd.readouterr().err
+    with interrupts.installed():  # the next run knows nothing of it
+        interrupts.check()
 
 
 def test_a_handler_of_the_users_stays():
     handler = lambda number, frame: None  # noqa: E731
     before = signal.signal(signal.SIGINT, handler)
     try:
-        with LaunchGuard().installed():
+        with Interrupts().installed():
             assert signal.getsignal(signal.SIGINT) is handler
     finally:
         signal.signal(signal.SIGINT, before)

@@ -3,39 +3,56 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 from ant_jax._callback import Callback
-from ant_jax.callbacks._arguments import check_choice, check_count
+from ant_jax._seal import CheckpointError
+from ant_jax.callbacks._arguments import check_choice, check_count, check_name, check_positive, refuse
+from ant_jax.callbacks._printing import print_beside_bars
 
 
 def checkpoint(
     directory: str | os.PathLike[str],
     *,
     every: int | None = None,
+    every_epochs: int | None = 1,
+    every_seconds: float | None = None,
     keep: int = 3,
     monitor: str | None = None,
     mode: Literal["min", "max"] = "min",
+    keep_best: int = 1,
     save_last: bool = True,
+    allow_nonfinite: bool = False,
+    clock: Callable[[], float] = time.monotonic,
     name: str = "checkpoint",
 ) -> Callback:
-    """Save the run at the end of every epoch, and every so many batches.
+    """Save the run at the ends of epochs, every so many batches or seconds, and when it ends.
 
     On the host, in ``on_checkpoint``, when all callbacks of that moment have run, so that what they remember is saved
-    as it then is. Orbax writes in the background: training waits only while the state is copied, and, with a
-    ``monitor``, until the epoch's metric is there. What is under way is finished on every way out of ``fit``. Restore
-    with ``trainer.restore(directory)``; ``fit`` then goes on, bit for bit. After the run,
+    as it then is. Orbax writes in the background: training waits only while the state is handed over, and, with a
+    ``monitor``, until the epoch's metric is there. What is under way is finished on every way out of ``fit``; a run
+    that Ctrl-C, SIGTERM or a failing loader ends is saved where it is. With ``fit(..., resume=directory)`` the same
+    command, started again, goes on, bit for bit. After the run,
     ``with trainer.checkpointer(directory, mode="min") as saved: saved.best_step`` is the step of the best checkpoint.
 
+    A save that fails ends the run, at the next save or look; ``tolerate(checkpoint(...))`` goes on instead.
+
     Args:
-        directory: where to; it is made. It may hold checkpoints of this run up to where it goes on, and no later ones.
-        every: also save every so many batches; ``None``: at the ends of epochs only.
-        keep: how many checkpoints to keep: the newest, or the best.
-        monitor: a log of ``on_epoch_end``: keep the best epochs by it, instead of the newest checkpoints. What is not
-            finite is never the best. With callbacks that evaluate averages, such as ``ema(evaluate=True)``, it judges
-            these.
+        directory: where to; it is made, and locked while the run goes on. It may hold checkpoints of this run up to
+            where it goes on, and no later ones.
+        every: also save every so many batches.
+        every_epochs: save at the end of every so many epochs; ``None``: not there.
+        every_seconds: also save when so many seconds have passed since the last save; not together with ``every``.
+        keep: how many of the newest checkpoints to keep; at least 2 leave one to go on from if one is damaged.
+        monitor: a log of ``on_epoch_end``: also keep the best epochs by it. What is not finite is never the best. With
+            callbacks that evaluate averages, such as ``ema(evaluate=True)``, it judges these.
         mode: ``"min"`` if a smaller value of ``monitor`` is better, ``"max"`` if a larger is.
-        save_last: with a ``monitor``, whether to keep the newest checkpoint beside the best ones, to go on from.
+        keep_best: with a ``monitor``, how many of the best to keep.
+        save_last: whether to save when the run ends, too, however it does.
+        allow_nonfinite: whether to save parameters that are NaN or infinite, rather than to end the run with an error.
+        clock: returns seconds.
         name: of the callback. It keeps no memory: what is best stands in the directory.
 
     Returns:
@@ -44,61 +61,104 @@ def checkpoint(
     Raises:
         ValueError: an argument out of range.
         FileExistsError: when the run begins, if the directory holds later checkpoints than the state's step.
-        RuntimeError: when the run begins, if another callback saves into the directory, too.
+        CheckpointError: when the run begins, if something else is saving into the directory; while it goes on, if a
+            checkpoint cannot be written.
+        NonFiniteError: while the run goes on, if parameters are not finite.
         NotADirectoryError: when the run begins, if it is a file.
+        OSError: when the run begins, if it cannot be written to.
         KeyError: at the end of the first epoch, if there is no log named ``monitor``; the message lists those there
             are.
 
     >>> checkpoint("runs/digits", monitor="val_loss")
     Callback(name='checkpoint', hooks=on_train_begin, on_checkpoint, on_train_end, on_exception)
     """
+    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+        refuse("checkpoint", "directory", "a path", directory)
     check_count("checkpoint", "every", every, unit="batches", optional=True)
+    check_count("checkpoint", "every_epochs", every_epochs, unit="epochs", optional=True)
+    if every_seconds is not None:
+        check_positive("checkpoint", "every_seconds", every_seconds)
+        if every is not None:
+            raise ValueError(
+                f"checkpoint: give either every={every!r} batches or every_seconds={every_seconds!r}, not both"
+            )
     check_count("checkpoint", "keep", keep, unit="checkpoints")
+    check_count("checkpoint", "keep_best", keep_best, unit="checkpoints")
+    if monitor is not None:
+        check_name("checkpoint", "monitor", monitor)
     check_choice("checkpoint", "mode", mode, "min", "max")
     opened: list[Any] = []  # the checkpointer of the run under way: a resource of the host, no part of the run's state
+    saved_at = [0.0]  # when, by the clock
+
+    def checkpointer_of(trainer: Any, state: Any) -> Any:
+        """The checkpointer; opened when it is first asked for, since a combinator may leave out when the run begins."""
+        if not opened:
+            options = {} if monitor is None else {"mode": mode, "keep_best": keep_best}
+            opened.append(trainer.checkpointer(directory, keep=keep, allow_nonfinite=allow_nonfinite, **options))
+            saved_at[0] = clock()
+            later = [step for step in opened[0].steps if step > int(state.step)]
+            if later:
+                close()
+                raise FileExistsError(
+                    f"checkpoint: {os.fspath(directory)!r} holds checkpoints of steps {', '.join(map(str, later))}, "
+                    f"and this run is at step {int(state.step)}; go on from them with fit(..., "
+                    f"resume={os.fspath(directory)!r}), or choose another directory"
+                )
+        return opened[0]
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
         close()
-        checkpointer = trainer.checkpointer(
-            directory, keep=keep, mode=None if monitor is None else mode, save_last=save_last
-        )
-        opened.append(checkpointer)
-        later = [step for step in checkpointer.steps if step > int(state.step)]
-        if later:
-            close()
-            raise FileExistsError(
-                f"checkpoint: {os.fspath(directory)!r} holds checkpoints of steps {', '.join(map(str, later))}, and "
-                f"this run is at step {int(state.step)}; go on from them with trainer.restore, or choose another "
-                f"directory"
-            )
+        checkpointer_of(trainer, state)
+        return state, logs
+
+    def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        del batch_idx
+        checkpointer_of(trainer, state).poll()
         return state, logs
 
     def on_checkpoint(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        if int(state.step) == opened[0].latest_step:  # the run went on after the last batch of an epoch, from there
-            return state, logs
+        checkpointer = checkpointer_of(trainer, state)
         at_epoch_end = state.batch_idx == 0
-        opened[0].save(state, float(logs[monitor]) if monitor is not None and at_epoch_end else None)
+        due = every_seconds is not None and clock() - saved_at[0] >= every_seconds
+        if at_epoch_end:
+            due |= every_epochs is not None and state.epoch % every_epochs == 0
+        else:
+            due |= every is not None
+        if due:
+            save(checkpointer, state, logs[monitor] if monitor is not None and at_epoch_end else None)
         return state, logs
+
+    def save(checkpointer: Any, state: Any, metric: Any = None) -> None:
+        if int(state.step) != checkpointer.latest_step:  # the same where the run went on from, or ends
+            checkpointer.save(state, metric)
+        saved_at[0] = clock()
 
     def close() -> None:
         while opened:
             opened.pop().close()
 
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        close()
+        try:
+            if save_last:
+                save(checkpointer_of(trainer, state), state)
+        finally:
+            close()
         return state, logs
 
     def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
-        del exception, trainer
-        close()
+        try:
+            if save_last and opened and trainer.whole and not isinstance(exception, CheckpointError):
+                save(opened[0], state)
+                opened[0].wait()
+                print_beside_bars(f"saved step {int(state.step)} in {os.fspath(directory)} ({exception!r})")
+        finally:
+            close()
         return state, logs
 
     # A callback looks at batches when it has a batch hook, and on_checkpoint follows its looks.
     looks: dict[str, Any] = {}
-    if every is not None:
-        looks = {"every": every, "on_batch_end": lambda batch_idx, trainer, state, logs: (state, logs)}
+    if every is not None or every_seconds is not None:
+        looks = {"every": every, "on_batch_end": on_batch_end}
     return Callback(
         name=name,
         on_train_begin=on_train_begin,

@@ -9,15 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ant_jax._callback import Callback
+from ant_jax._finite import NonFiniteError
 from ant_jax._trees import named_leaves
 from ant_jax.callbacks._arguments import check_count
 
 
 _REMEDIES = "A lower learning rate, clip_by_global_norm or skip_nonfinite may help"
-
-
-class NonFiniteError(FloatingPointError):
-    """A number in training is NaN or infinite; the message says which and where."""
 
 
 def terminate_on_nan(*, name: str = "terminate_on_nan") -> Callback:

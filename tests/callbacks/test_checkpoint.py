@@ -24,8 +24,11 @@ def publish(values: list[float]) -> ant.Callback:
         ({"keep": 2}, [10, 12]),
         ({"keep": 10}, [2, 4, 6, 8, 10, 12]),
         ({"keep": 1, "monitor": "v"}, [6, 12]),
-        ({"keep": 2, "monitor": "v", "save_last": False}, [6, 10]),
+        ({"keep": 1, "monitor": "v", "keep_best": 2}, [6, 10, 12]),
         ({"keep": 1, "monitor": "v", "mode": "max"}, [4, 12]),
+        ({"keep": 10, "every_epochs": 4}, [8, 12]),
+        ({"keep": 10, "every_epochs": 4, "save_last": False}, [8]),
+        ({"keep": 10, "every_epochs": None}, [12]),
         ({"keep": 3, "every": 1}, [10, 11, 12]),
     ],
 )
@@ -78,7 +81,7 @@ def test_what_is_under_way_is_finished_when_another_callback_fails(tmp_path):
     a_trainer = trainer(ant.callbacks.checkpoint(tmp_path, every=1), host("fail", on_epoch_end=fail))
     with pytest.raises(RuntimeError, match="on purpose"):
         a_trainer.fit(a_trainer.init(batches()[0]), batches(3), 1)
-    assert steps_in(tmp_path) == [1, 2]
+    assert steps_in(tmp_path) == [1, 2, 3]  # the last from after the epoch's batches, from where a run could go on
     a_trainer.restore(tmp_path)
 
 
@@ -143,7 +146,7 @@ def test_a_run_that_goes_on_after_the_last_batch_of_an_epoch(tmp_path):
 def test_two_into_one_directory_are_refused(tmp_path):
     callbacks = [ant.callbacks.checkpoint(tmp_path, name=name) for name in "ab"]
     a_trainer = trainer(*callbacks)
-    with pytest.raises(RuntimeError, match="give each checkpoint callback a directory of its own"):
+    with pytest.raises(RuntimeError, match=r"each checkpoint callback needs one of its own"):
         a_trainer.fit(a_trainer.init(batches()[0]), batches(1), 1)
     alone = trainer(callbacks[0])
     alone.fit(alone.init(batches()[0]), batches(1), 1)
