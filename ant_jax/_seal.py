@@ -39,7 +39,7 @@ def checksum_of(array: np.ndarray) -> int:
     True
     """
     # As bytes: of dtypes such as bfloat16 zlib knows nothing.
-    return zlib.crc32(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def sealed(host: Mapping[str, Any], arrays: Mapping[tuple[str, ...], np.ndarray]) -> str:
