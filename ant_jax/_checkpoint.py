@@ -17,7 +17,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Never, Self
 
 import jax
@@ -79,13 +79,14 @@ class Checkpointer:
         self._held: Any = None  # its arrays: Orbax reads them while the run goes on
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise NotADirectoryError(f"cannot save into {self.directory}: {error.filename} is no directory") from None
+        except (FileExistsError, NotADirectoryError):
+            file = next(path for path in (self.directory, *self.directory.parents) if path.exists())
+            raise NotADirectoryError(f"cannot save into {self.directory}: {file} is no directory") from None
         self._lock = DirectoryLock(self.directory)
         try:
             self._set_junk_aside()
             self._metrics = {step: self._metric_of(step) for step in steps_in(self.directory)} if mode else {}
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
                     step_prefix=PREFIX,
@@ -228,11 +229,11 @@ class Checkpointer:
         ) from error
 
     def _set_junk_aside(self) -> None:
-        """Move what is named like a checkpoint, and cannot be one, out of Orbax's sight, or it would count it."""
-        sound = {f"{PREFIX}_{step}" for step in steps_in(self.directory)}
+        """Move what is named like a checkpoint, and is none, out of Orbax's sight, or it would count it."""
+        steps = {f"{PREFIX}_{step}" for step in steps_in(self.directory)}
         for path in sorted(self.directory.glob(f"{PREFIX}_*")):
-            if re.fullmatch(rf"{PREFIX}_\d+", path.name) and path.name not in sound:
-                _logger.warning("%s is no whole checkpoint; it is renamed to %s", path, _set_aside(path).name)
+            if re.fullmatch(rf"{PREFIX}_\d+", path.name) and path.name not in steps:
+                _logger.warning("%s is no checkpoint; it is renamed to %s", path, _set_aside(path).name)
 
     def _metric_of(self, step: int) -> float:
         try:
@@ -251,6 +252,14 @@ class Checkpointer:
     def _kept(self, steps: Sequence[int]) -> set[int]:
         newest = steps if self._keep is None else sorted(steps)[-self._keep :]
         return {*newest, *(self._ranked(steps)[: self._keep_best] if self._mode else ())}
+
+
+class _Manager(ocp.CheckpointManager):
+    """Does not ask JAX for its preemption notice: the loop does, and its count must be the only one that JAX sees."""
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
 
 
 class _Retention:
@@ -308,12 +317,8 @@ def _refuse_nonfinite(arrays: Mapping[Path, np.ndarray], step: int) -> None:
 
 def steps_in(directory: pathlib.Path) -> list[int]:
     """The steps that a directory has checkpoints of, in order; damaged ones among them."""
-    found = (re.fullmatch(rf"{PREFIX}_(0|[1-9]\d*)", path.parent.parent.name) for path in _descriptions(directory))
+    found = (re.fullmatch(rf"{PREFIX}_(0|[1-9]\d*)", path.name) for path in directory.glob(f"{PREFIX}_*/"))
     return sorted(int(match[1]) for match in found if match)
-
-
-def _descriptions(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    return directory.glob(f"{PREFIX}_*/host/metadata")
 
 
 def path_of(directory: pathlib.Path, step: int) -> pathlib.Path:

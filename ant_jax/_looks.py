@@ -84,10 +84,9 @@ class Look:
             return next((at - batch_idx for at in (self.every.start, self.every.stop) if at > batch_idx), None)
         return None if self.every is None else self.every - batch_idx % self.every
 
-    def begin(self, logs: Mapping[str, Any]) -> None:
-        """Open the window; ``logs`` are as its beginning left them."""
-        self.open = True
-        self._published = {name: value for name, value in logs.items() if name != "batch_size"}
+    def begin(self, published: Mapping[str, Any]) -> None:
+        """Open the window, at whose beginning the callback has published something, or nothing."""
+        self.open, self._published = True, published
 
     def passed(self, launch: Launch) -> None:
         """Note the logs of a launch, if the window is open."""

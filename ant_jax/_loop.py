@@ -298,9 +298,7 @@ class Loop:
         batch_idx = cursor.batch_idx
         beginning = [look for look in looks if look.begins(batch_idx)]
         if beginning:
-            logs = self._look("on_batch_begin", beginning, batch_idx, {"batch_size": cursor.chunk.examples})
-            for look in beginning:
-                look.begin(logs)
+            self._look("on_batch_begin", beginning, batch_idx, {"batch_size": cursor.chunk.examples})
 
     def _end_looks(self, looks: list[Look], cursor: Cursor, launch: Launch) -> bool:
         """End the windows that end here, or all when no more batches follow; returns whether that is so."""
@@ -321,10 +319,10 @@ class Loop:
         return over
 
     def _look(self, name: str, looks: list[Look], batch_idx: int, logs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Run a batch hook of some host callbacks, in their order; ``on_batch_end`` ends their windows."""
+        """Run a batch hook of some host callbacks, in their order, and begin or end their windows."""
         given = state = None
         for look in looks:
-            logs = look.end(logs) if name == "on_batch_end" else Logs(logs)
+            before = logs = look.end(logs) if name == "on_batch_end" else Logs(logs)
             if name in look.hooks:
                 if state is None:
                     given = state = self._live.get()
@@ -332,6 +330,8 @@ class Loop:
                 state, logs = self._events.batch_hook(
                     look.callback, name, look.hooks[name], batch_idx, self._trainer, state, logs, watch_assignment=first
                 )
+            if name == "on_batch_begin":
+                look.begin({log: value for log, value in logs.items() if value is not before.get(log)})
         if state is not None and state is not given:
             self._live.put(state)
         return logs

@@ -126,7 +126,8 @@ class Step:
             skipped: Any = state.skip
             kept = ~skipped
             finite = kept if finite is None else finite & kept
-            state = state.replace(model_state=_where(finite, state.model_state, model_state))
+            if state.model_state is before_hooks.model_state:  # or a hook has said what it is to be
+                state = state.replace(model_state=_where(finite, state.model_state, model_state))
             logs = logs.changed_to({**logs, "step_skipped": 1.0 - finite.astype(jnp.float32)})
         state = state.replace(skip=None)
 

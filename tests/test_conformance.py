@@ -99,6 +99,7 @@ CASES: dict[str, Case] = {
     "profile_steps every": Case(lambda path: library.profile_steps(every=5, printer=str, clock=stopped_clock), looks=5),
     "progress_bar": Case(lambda path: library.progress_bar(file=io.StringIO(), clock=stopped_clock)),
     "reduce_on_plateau": Case(lambda path: library.reduce_on_plateau("train_loss", patience=0), injected),
+    "roll_back": Case(lambda path: library.roll_back(every=3)),
     "skip_nonfinite": Case(lambda path: library.skip_nonfinite()),
     "stop_at": Case(lambda path: library.stop_at(1.0, "loss", per="batch")),
     "stop_at per epoch": Case(lambda path: library.stop_at(Hyperparam(1.0), "train_loss")),

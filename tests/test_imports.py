@@ -35,7 +35,7 @@ LAYERS = [
     {"_trainer"},
     {""},
     {"testing._problem", "testing._recorder", "testing._compare"},
-    {"testing._check"},
+    {"testing._check", "testing._resume"},
     {"testing"},
 ]  # fmt: skip
 

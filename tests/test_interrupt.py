@@ -1,13 +1,21 @@
-"""Ctrl-C never leaves a run without a state."""
+"""Ctrl-C and SIGTERM end a run where it could go on, and so do kills, for what is saved is whole."""
 
+import os
+import pathlib
 import signal
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from problems import assert_bit_equal, batches, host, leaves_of, trainer
+from problems import BATCH, assert_bit_equal, batches, data, host, leaves_of, trainer
 
+import ant_jax as ant
+from ant_jax._checkpoint import steps_in
 from ant_jax._engine import TrainProgram
 from ant_jax._interrupt import Interrupts
 
@@ -82,3 +90,157 @@ def test_the_state_can_be_read_and_trained_on_afterwards(fuse, monkeypatch):
     assert caught.value.train_state is state  # pyright: ignore[reportAttributeAccessIssue]
     assert all(np.isfinite(leaf).all() for leaf in leaves_of(state))
     assert int(state.step) == pressed_at + 1
+
+
+class Pressed:
+    """Presses Ctrl-C at one moment of a run."""
+
+    def __init__(self, moment: str, time: int):
+        self._moment, self._left = moment, time
+
+    def now(self, moment: str) -> None:
+        if moment == self._moment:
+            self._left -= 1
+            if self._left == 0:
+                signal.raise_signal(signal.SIGINT)
+
+    def callback(self) -> ant.Callback:
+        def hook_of(name: str) -> Any:
+            def hook(*arguments: Any) -> Any:
+                self.now(name)
+                return arguments[-2:]
+
+            return hook
+
+        names = ("on_train_begin", "on_epoch_begin", "on_batch_begin", "on_batch_end", "on_evaluate_begin")
+        names += ("on_evaluate_end", "on_epoch_end", "on_checkpoint", "on_train_end")
+        return host("pressed", **{name: hook_of(name) for name in names})
+
+
+class Listed:
+    """A list of batches whose reading can be interrupted."""
+
+    def __init__(self, pressed: Pressed):
+        self._pressed = pressed
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in batches(4):
+            self._pressed.now("loader")
+            yield batch
+
+
+COUNT = host(
+    "count",
+    init=lambda state: 0,
+    on_batch_end=lambda i, t, s, logs: (s.with_callback_state("count", s.callback_states["count"] + 1), logs),
+)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(
+    ("moment", "time"),
+    [
+        ("on_train_begin", 1), ("on_epoch_begin", 2), ("on_batch_begin", 3), ("on_batch_end", 1), ("on_batch_end", 4),
+        ("on_batch_end", 6), ("on_evaluate_begin", 1), ("on_evaluate_end", 2), ("on_epoch_end", 1),
+        ("on_checkpoint", 2), ("on_train_end", 1), ("loader", 2), ("loader", 6), ("tracing", 1),
+    ],
+)  # fmt: skip
+def test_whenever_it_comes_the_run_goes_on_to_the_same_end(moment, time, tmp_path):
+    pressed = Pressed(moment, time)
+
+    def squares(outputs: Any, targets: Any) -> Any:
+        pressed.now("tracing")
+        return (outputs - 1.0).mean(axis=-1) ** 2
+
+    def made(*more: ant.Callback) -> ant.Trainer:
+        return trainer(COUNT, ant.callbacks.ema(0.9), *more, criterion=squares, gradient_accumulation_steps=3)
+
+    saving = made(pressed.callback(), ant.callbacks.checkpoint(tmp_path))
+    start = saving.init(batches()[0])
+    with pytest.raises(KeyboardInterrupt) as raised:
+        saving.fit(start, Listed(pressed), 2, batches(2))
+    pressed = Pressed("never", 1)
+    alone = made()
+    whole, history = alone.fit(made().init(batches()[0]), batches(4), 2, batches(2))
+    for state in (raised.value.train_state, alone.restore(tmp_path)):  # type: ignore[attr-defined]
+        ended, again = (state, state.history) if state.epoch == 2 else alone.fit(state, batches(4), 2, batches(2))
+        assert_bit_equal(ended, whole)
+        assert again == history
+
+
+JOB = """
+import sys, time, zlib, signal
+sys.path.insert(0, {tests!r})
+import jax, numpy as np
+from problems import BATCH, data, leaves_of, trainer
+import ant_jax as ant
+directory, pause = sys.argv[1], float(sys.argv[2])
+if "distributed" in sys.argv:
+    jax.distributed.initialize("localhost:" + sys.argv[4], 1, 0)
+def on_batch_end(batch_idx, trainer, state, logs):
+    time.sleep(pause)
+    return state, logs
+slow = ant.Callback(name="slow", on_batch_end=on_batch_end, every=5)
+a_trainer = trainer(ant.callbacks.ema(0.9), ant.callbacks.gradient_noise(0.1), slow,
+                    ant.callbacks.checkpoint(directory, every=5), gradient_accumulation_steps=3)
+loader = ant.ArrayLoader(data(20 * BATCH), BATCH)
+print("begins", flush=True)
+state, history = a_trainer.fit(a_trainer.init(data(BATCH)), loader, 3, resume=directory)
+crc = 0
+for leaf in leaves_of(state.replace(host=None)):
+    crc = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), crc)
+print("ended", int(state.step), crc, repr(history.to_dict()), flush=True)
+"""
+
+
+def job(directory: pathlib.Path, pause: float, *more: str) -> subprocess.Popen[str]:
+    program = JOB.format(tests=str(pathlib.Path(__file__).parent))
+    command = [sys.executable, "-W", "error", "-c", program, str(directory), str(pause), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+
+
+def cut(process: subprocess.Popen[str], directory: pathlib.Path, past: int, number: int) -> str:
+    """Send a signal when a checkpoint past that step is there; returns what the process has printed."""
+    deadline = time.monotonic() + 120
+    while not any(step > past for step in steps_in(directory)) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == (143 if number == signal.SIGTERM else -number), errors
+    return output
+
+
+def test_killed_and_terminated_and_started_again_it_ends_with_the_same_bits(tmp_path):
+    alone, directory = job(tmp_path / "alone", 0.0), tmp_path / "cut"
+    cut(job(directory, 0.2), directory, 3, signal.SIGKILL)
+    after_kill = cut(job(directory, 0.2), directory, 12, signal.SIGTERM)
+    assert "resumed from step" in after_kill and "saved step" in after_kill and "SystemExit(143)" in after_kill
+    last, errors = job(directory, 0.0).communicate(timeout=120)
+    assert "resumed from step" in last, errors
+    expected, _ = alone.communicate(timeout=120)
+    assert last.splitlines()[-1] == expected.splitlines()[-1]
+    assert last.splitlines()[-1].startswith("ended 60 ")
+    assert not list(directory.glob("*tmp*"))
+
+
+def test_where_jax_distributed_runs_its_preemption_notice_ends_the_run(tmp_path):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    directory = tmp_path / "run"
+    # The notice takes about a second to arrive.
+    output = cut(job(directory, 0.5, "distributed", port), directory, 3, signal.SIGTERM)
+    assert "saved step" in output
+
+
+def test_a_second_run_is_refused_while_the_first_saves(tmp_path):
+    a_trainer = trainer(ant.callbacks.checkpoint(tmp_path))
+    state = a_trainer.init(batches()[0])
+    with a_trainer.checkpointer(tmp_path):
+        with pytest.raises(ant.CheckpointError, match=f"is in use by process {os.getpid()} on .* since 20"):
+            a_trainer.fit(state, ant.ArrayLoader(data(), BATCH), 1)
+    a_trainer.fit(state, ant.ArrayLoader(data(), BATCH), 1)
+    assert np.isfinite(leaves_of(a_trainer.restore(tmp_path))[0]).all()

@@ -16,6 +16,7 @@ from ant_jax.callbacks._gradients import (
 )
 from ant_jax.callbacks._guards import (
     NonFiniteError as NonFiniteError,
+    roll_back as roll_back,
     skip_nonfinite as skip_nonfinite,
     terminate_on_nan as terminate_on_nan,
 )

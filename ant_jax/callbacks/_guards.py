@@ -166,6 +166,98 @@ def skip_nonfinite(*, max_consecutive: int = 10, name: str = "skip_nonfinite") -
     )
 
 
+def roll_back(*, every: int = 100, times: int = 3, name: str = "roll_back") -> Callback:
+    """Go back to the last good parameters where a number is not finite, and go on with the data that follows.
+
+    Inside the step, in ``on_backward_end``, it looks at the parameters, the model state, the loss and the gradients, as
+    the callbacks before it left these. Every so many batches, where all are finite, it keeps parameters, model state
+    and optimizer state. At a bad batch these take the place of the present ones; the batch counts for nothing, as with
+    :func:`skip_nonfinite`, and an accumulation window that is open is emptied. Data, ``state.step`` and the other
+    callbacks' memories do not go back: the same batches from the same parameters would lead to the same number.
+
+    Args:
+        every: batches between one keeping and the next. It costs memory for a second set of parameters and optimizer
+            state, and so much of each checkpoint.
+        times: how many times a run may go back; one that must once more ends with an error.
+        name: of the callback. Its memory is ``{"kept": {"params", "model_state", "opt_state"}, "times": int32
+            scalar}``, the latter how many times it has gone back so far.
+
+    Returns:
+        A callback that publishes ``step_skipped`` at every batch, 1 where it went back, and ``roll_backs`` at the end
+        of an epoch, the number in the run so far.
+
+    Raises:
+        ValueError: ``every`` or ``times`` is below 1.
+        NonFiniteError: while training, at the first bad batch after so many.
+
+    References:
+        Chowdhery et al., PaLM: Scaling language modeling with pathways, 2022, section 5.1, goes back from spikes of the
+        loss in this way, https://arxiv.org/abs/2204.02311
+
+    >>> roll_back(every=50)
+    Callback(name='roll_back', hooks=on_train_begin, on_backward_end, on_batch_end, on_epoch_end)
+    """
+    check_count("roll_back", "every", every, unit="batches")
+    check_count("roll_back", "times", times)
+    fields = ("params", "model_state", "opt_state")
+
+    def init(state: Any) -> Any:
+        return {"kept": {field: getattr(state, field) for field in fields}, "times": jnp.int32(0)}
+
+    def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
+        del trainer
+        memory = state.callback_states[name]
+        if memory["times"] > times:  # a run that goes on after the error begins to count anew
+            state = state.with_callback_state(name, {**memory, "times": jnp.int32(0)})
+        return state, logs
+
+    def on_backward_end(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+        del batch_idx, trainer
+        memory = state.callback_states[name]
+        leaves = jax.tree.leaves((logs["loss"], state.params, state.model_state, grads))
+        bad = jnp.any(_bad([leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]))
+        now = {field: getattr(state, field) for field in fields}
+        kept = memory["kept"]
+        due = ~bad & (state.step % every == 0)
+        gone_back = jax.lax.cond(bad, lambda: kept, lambda: now)
+        memory = {
+            "kept": jax.lax.cond(due, lambda: now, lambda: kept),
+            "times": memory["times"] + bad.astype(jnp.int32),
+        }
+        if state.accumulator is not None:
+            emptied = state.accumulator.replace(
+                grads=jax.tree.map(lambda grad: jnp.where(bad, 0, grad), state.accumulator.grads),
+                examples=jnp.where(bad, 0, state.accumulator.examples),
+            )
+            state = state.replace(accumulator=emptied)
+        state = state.replace(**gone_back).with_callback_state(name, memory)
+        return state.skip_batch(when=bad).request_stop(when=memory["times"] > times), grads, logs
+
+    def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        del trainer
+        if _has_stopped(state) and int(state.callback_states[name]["times"]) > times:
+            raise NonFiniteError(
+                f"roll_back: by batch {batch_idx} of epoch {state.epoch}, numbers were not finite once more after the "
+                f"run had gone back {times} times. Use terminate_on_nan to see where the first such number is. "
+                f"{_REMEDIES}"
+            )
+        return state, logs
+
+    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        del epoch, trainer
+        return state, {**logs, "roll_backs": state.callback_states[name]["times"]}
+
+    return Callback(
+        name=name,
+        init=init,
+        every=None,
+        on_train_begin=on_train_begin,
+        on_backward_end=on_backward_end,
+        on_batch_end=on_batch_end,
+        on_epoch_end=on_epoch_end,
+    )
+
+
 def _has_stopped(state: Any) -> bool:
     """Whether the step has asked to end the run, and no accumulation window is open; costs nothing as long as not."""
     return state.stop and not state.window_open
