@@ -100,7 +100,7 @@ class Loop:
 
     def run(self) -> TrainState:
         """Train to the end."""
-        with self._interrupts.installed():
+        with self._interrupts.installed(), self._run.costs.told_when_slow():
             try:
                 self._train()
             except BaseException as error:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping
 
 from ant_jax._engine import TrainProgram
+
+
+_logger = logging.getLogger("ant_jax")
+
+# A loader that gives nothing for so long is worth a line.
+SLOW_SECONDS = 30.0
 
 
 class Costs:
@@ -25,6 +33,7 @@ class Costs:
         self.data_seconds = 0.0
         self._hook_seconds, self._before = hook_seconds, dict(hook_seconds)
         self._program: TrainProgram | None = None
+        self._waiting_since: float | None = None
 
     @property
     def hook_seconds(self) -> dict[str, float]:
@@ -41,6 +50,28 @@ class Costs:
         """
         return None if self._program is None else self._program.flops_per_example
 
+    @contextlib.contextmanager
+    def told_when_slow(self) -> Iterator[None]:
+        """Say so (logger ``ant_jax``) when the training loader gives nothing for long, while the body runs."""
+        over = threading.Event()
+
+        def watch() -> None:
+            patience = SLOW_SECONDS
+            while not over.wait(SLOW_SECONDS / 10):
+                began = self._waiting_since
+                waited = 0.0 if began is None else time.perf_counter() - began
+                if waited > patience:
+                    _logger.warning("train_loader has given nothing for %.0f s; the run waits for it", waited)
+                patience = SLOW_SECONDS if waited <= SLOW_SECONDS else max(patience, 2 * waited)
+
+        watching = threading.Thread(target=watch, name="ant_jax-slow-loader", daemon=True)
+        watching.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watching.join()
+
     def runs(self, program: TrainProgram) -> None:
         """Note the program that runs from now on."""
         self._program = program
@@ -48,10 +79,11 @@ class Costs:
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """Count the time of the body as ``data_seconds``."""
-        began = time.perf_counter()
+        self._waiting_since = began = time.perf_counter()
         try:
             yield
         finally:
+            self._waiting_since = None
             self.data_seconds += time.perf_counter() - began
 
 

@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(ant_jax.__file__).parent
 
 # Bottom to top: a module may import those above its own line.
 LAYERS = [
-    {"_finite", "_interrupt", "_pace", "_seal", "_trees"},
+    {"_finite", "_interrupt", "_pace", "_requirements", "_seal", "_trees"},
     {"_encoding", "_history", "_lock", "_hyperparams", "_logs", "_sums", "_models", "metrics"},
     {"_state", "data"},
     {"_branches", "_callback", "_feed", "_snapshot"},

@@ -176,6 +176,39 @@ def test_other_data_are_refused_inside_an_epoch_and_when_resuming(tmp_path):
     a_trainer.fit(end, others["crc32"], 2)  # by hand, and between epochs, one may
 
 
+class Broken:
+    """Gives so many batches, and fails."""
+
+    def __init__(self, batches_before: int):
+        self.left = batches_before
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in batches(4):
+            if not self.left:
+                raise OSError("the disk is gone")
+            self.left -= 1
+            yield batch
+
+
+@pytest.mark.parametrize("good", [1, 3, 4, 6])
+def test_a_loader_that_fails_leaves_the_last_whole_step(good, tmp_path):
+    a_trainer = trainer(window_means("threes", 3), library.checkpoint(tmp_path), gradient_accumulation_steps=3)
+    start = a_trainer.init(batches(1)[0])
+    with pytest.raises(OSError, match="the disk is gone") as raised:
+        a_trainer.fit(start, Broken(good), 2)
+    if good % 4:
+        assert f"in train_loader, after {good % 4} batches of epoch {good // 4}" in raised.value.__notes__
+        any(f"in train_loader, after {good % 4} batches of epoch" in note for note in raised.value.__notes__)
+        or not good % 4
+    )
+    assert steps_in(tmp_path)[-1] == good
+    end, history = a_trainer.fit(start, batches(4), 2, resume=tmp_path)
+    whole = dataclasses.replace(a_trainer, callbacks=[window_means("threes", 3)])
+    expected, again = whole.fit(whole.init(batches(1)[0]), batches(4), 2)
+    assert_bit_equal(end, expected)
+    assert history == again
+
+
 # --- the same command again
 
 
@@ -546,6 +579,20 @@ def test_a_save_that_fails_is_named_and_the_next_one_works(tmp_path, monkeypatch
         full[0] = False
         checkpointer.save(state)
     assert steps_in(tmp_path) == [2]
+
+
+def test_a_run_may_go_on_without_checkpoints_that_fail(tmp_path, monkeypatch, caplog):
+    from ant_jax import _checkpoint
+
+    async def failing(self: Any, directory: Any, args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_checkpoint._SealHandler, "_write", failing)
+    a_trainer = trainer(library.tolerate(library.checkpoint(tmp_path, every=1), failures=2))
+    state, _ = a_trainer.fit(a_trainer.init(batches(1)[0]), batches(4), 2)
+    assert state.epoch == 2
+    assert "no space is left on the device" in caplog.text
+    assert not steps_in(tmp_path)
 
 
 def test_a_directory_that_vanishes_is_noticed(tmp_path):

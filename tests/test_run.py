@@ -1,6 +1,7 @@
 """What host hooks may know of the run."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -72,3 +73,19 @@ def test_a_run_counts_its_own_costs():
 def test_outside_a_run_nothing_is_known():
     with pytest.raises(RuntimeError, match=r"trainer\.costs is known only to host hooks, while fit runs"):
         _ = trainer().costs
+
+
+def test_a_loader_that_gives_nothing_for_long_is_named(monkeypatch, caplog):
+    monkeypatch.setattr("ant_jax._run.SLOW_SECONDS", 0.1)
+
+    def slow() -> Iterator[Any]:
+        for i, batch in enumerate(batches(4)):
+            time.sleep(0.4 if i == 2 else 0.0)
+            yield batch
+
+    a_trainer = trainer()
+    a_trainer.fit(a_trainer.init(batches()[0]), slow(), 1)
+    assert "train_loader has given nothing for 0 s; the run waits for it" in caplog.text
+    caplog.clear()
+    a_trainer.fit(a_trainer.init(batches()[0]), batches(4), 1)
+    assert not caplog.text
