@@ -198,9 +198,6 @@ def test_a_loader_that_fails_leaves_the_last_whole_step(good, tmp_path):
         a_trainer.fit(start, Broken(good), 2)
     if good % 4:
         assert f"in train_loader, after {good % 4} batches of epoch {good // 4}" in raised.value.__notes__
-        any(f"in train_loader, after {good % 4} batches of epoch" in note for note in raised.value.__notes__)
-        or not good % 4
-    )
     assert steps_in(tmp_path)[-1] == good
     end, history = a_trainer.fit(start, batches(4), 2, resume=tmp_path)
     whole = dataclasses.replace(a_trainer, callbacks=[window_means("threes", 3)])
