@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ant_jax._checking import classes_of
 from ant_jax._feed import Chunk, Feed
 from ant_jax._live import DevicePart, Live, device_part
-from ant_jax._models import PureModel, initialized
+from ant_jax._models import PureModel, applied, initialized
 from ant_jax._pace import Pace
 from ant_jax._state import Accumulator, TrainState, refuse_mismatch, scalar
 from ant_jax._step import Step
@@ -293,6 +294,16 @@ class Programs:
             program = TrainProgram(self._step, part, key, batch, fuse)
             self._train[form] = self._train.setdefault((program.fused, form[1]), program)
         return self._train[form]
+
+    def classes_of(self, params: PyTree, model_state: PyTree, batch: PyTree) -> int | None:
+        """How many classes the targets of a batch choose from; ``None`` when they are no labels, or it is no pair."""
+        if not self._step.needs_pairs:
+            return None
+
+        def outputs(params: Any, model_state: Any, inputs: Any) -> Any:
+            return applied(self._model, params, model_state, inputs, None)[0]
+
+        return classes_of(jax.eval_shape(outputs, params, model_state, batch[0]), batch)
 
     def evaluation(self, state: TrainState, batch: PyTree) -> EvaluationProgram:
         """Return the evaluation program, in the same way."""

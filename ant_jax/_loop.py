@@ -40,6 +40,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ant_jax._checking import BatchChecks
 from ant_jax._engine import (
     Cursor,
     Launch,
@@ -49,7 +50,7 @@ from ant_jax._engine import (
     rows_of,
 )
 from ant_jax._events import Events
-from ant_jax._feed import Ahead, Feed
+from ant_jax._feed import Ahead, Chunk, Feed
 from ant_jax._interrupt import Interrupts
 from ant_jax._live import Live
 from ant_jax._logs import Logs
@@ -237,7 +238,15 @@ class Loop:
         live, costs = self._live, self._run.costs
         costs.runs(program)
         rows = rows_of(feed, program.fused, [look.every for look in looks if isinstance(look.every, int)])
-        chunks = Ahead(feed.chunks(rows, LAUNCH_SECONDS), on_device, costs.waiting_for_data)
+        prepare = _prepare(
+            self._trainer,
+            self._programs,
+            live.part(),
+            feed,
+            ("train_loader", live.host.epoch, live.host.batch_idx),
+            rows,
+        )
+        chunks = Ahead(feed.chunks(rows, LAUNCH_SECONDS), prepare, costs.waiting_for_data)
         for chunk in chunks:
             cursor = Cursor(chunk, live.host.batch_idx)
             while cursor.remaining:
@@ -413,9 +422,10 @@ def evaluate(
     state, opening = events.host_hook("on_evaluate_begin", None, trainer, state, {})
     feed = Feed(loader, name)
     program = programs.evaluation(state, feed.first)
-    sums = program.zero_sums()
-    for chunk in feed.chunks(rows_of(feed, program.fused), LAUNCH_SECONDS):
-        before, chunk = sums, on_device(chunk)
+    sums, rows = program.zero_sums(), rows_of(feed, program.fused)
+    prepare = _prepare(trainer, programs, state, feed, (name, 0, 0), rows)
+    for chunk in feed.chunks(rows, LAUNCH_SECONDS):
+        before, chunk = sums, prepare(chunk)
         sums = program.add(state.params, state.model_state, chunk, before)
         jax.block_until_ready(before)  # no more than two chunks under way
         between()
@@ -424,6 +434,21 @@ def evaluate(
     ended = events.host_hook("on_evaluate_end", None, trainer, state, logs)
     between()
     return ended
+
+
+def _prepare(
+    trainer: Any, programs: Programs, state: Any, feed: Feed, place: tuple[str, int, int], rows: int | None
+) -> Callable[[Chunk], Chunk]:
+    """What to do with every chunk: put it on the device, after a look at its numbers where the trainer asks for one."""
+    if not trainer.check_batches:
+        return on_device
+    check = BatchChecks(*place, programs.classes_of(state.params, state.model_state, feed.first))
+
+    def checked(chunk: Chunk) -> Chunk:
+        check(chunk, stacked=rows is not None)
+        return on_device(chunk)
+
+    return checked
 
 
 def loss_first(names: Mapping[str, Any]) -> list[str]:

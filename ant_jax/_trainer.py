@@ -64,6 +64,9 @@ class Trainer:
             (then the logs have ``step_skipped`` and ``loss_scale``). Parameters, losses and gradients are float32.
         fuse: whether many steps run in one launch; ``"auto"``: yes, except for convolutions on a CPU, which XLA runs
             slowly inside loops.
+        check_batches: whether to look at the numbers of every batch before it is used, and to refuse those that are not
+            finite, and labels outside of the model's classes (integer targets, one for each vector of outputs). XLA
+            would compute on with them. It costs a pass over the data on the host.
         progress_bar: whether to show one; see :func:`ant_jax.callbacks.progress_bar`.
 
     Raises:
@@ -92,6 +95,7 @@ class Trainer:
     max_grad_norm: float | None = None
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     fuse: Fuse = "auto"
+    check_batches: bool = False
     progress_bar: bool = True
 
     _model: PureModel = dataclasses.field(init=False, repr=False)

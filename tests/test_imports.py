@@ -18,6 +18,7 @@ LAYERS = [
     {"_encoding", "_history", "_lock", "_hyperparams", "_logs", "_sums", "_models", "metrics"},
     {"_state", "data"},
     {"_branches", "_callback", "_feed", "_snapshot"},
+    {"_checking"},
     {"_checkpoint", "_judging", "_live"},
     {"_events"},
     {"_step"},
