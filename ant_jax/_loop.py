@@ -93,8 +93,9 @@ class Loop:
         self._steps_per_epoch, self._run = steps_per_epoch, run
         self._window: int = trainer.gradient_accumulation_steps
         host = state.on_host()
-        # What is to be taken up where the run goes on, and by then is no more what it says.
-        self._windows, self._loader_state = host.windows, host.loader
+        # What the first epoch takes up, where the run goes on.
+        self._open_windows, self._loader_position = host.windows, host.loader
+        self._loader_state = host.loader
         self._live = Live(state.replace(stop=False, host=_without_places(host)), events.device_names)
         self._interrupts = Interrupts()
         self._looks: list[Look] = []
@@ -199,17 +200,10 @@ class Loop:
         return self._epoch_means()
 
     def _feed(self, epoch: int) -> Feed:
-        host = self._live.host
+        host, limit = self._live.host, self._steps_per_epoch
+        position, self._loader_position = self._loader_position, None
         with self._run.costs.waiting_for_data():
-            feed = Feed(
-                self._loader(),
-                "train_loader",
-                epoch,
-                host.batch_idx,
-                host.examples,
-                self._steps_per_epoch,
-                self._loader_state,
-            )
+            feed = Feed(self._loader(), "train_loader", epoch, host.batch_idx, host.examples, limit, position)
         self._run.steps_per_epoch = feed.epoch_length
         return feed
 
@@ -282,8 +276,7 @@ class Loop:
         expected, _ = jax.eval_shape(program.begin_epoch, part.accumulator)
         refuse_mismatch("log_sums", expected, part.log_sums, "this trainer, going on inside an epoch,")
         for look in [] if begun else looks:
-            look.resume(start, self._windows)
-        self._windows = None
+            look.resume(start, self._open_windows)
 
     def _is_over(self, cursor: Cursor) -> bool:
         """Whether the epoch's batches end here: with the last, or as asked, but not inside an accumulation window."""

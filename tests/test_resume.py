@@ -115,9 +115,14 @@ def test_a_loader_with_a_state_is_put_where_it_was(fuse):
     keeping.fit(state, iter(grain_dataset().repeat().to_iter_dataset()), 3, steps_per_epoch=5)
     assert sorted(steps) == [2, 4, 5, 7, 9, 10, 12, 14, 15]
     for step in (2, 5, 9, 10):
+        set_state = endless.set_state
+        puts: list[Any] = []
+        endless.set_state = lambda state, put=set_state: (puts.append(state), put(state))  # type: ignore[method-assign]
         end, again = a_trainer.fit(steps[step], endless, 3, steps_per_epoch=5)
+        endless.set_state = set_state  # type: ignore[method-assign]
         assert_bit_equal(end, whole)
         assert again == history
+        assert len(puts) == 1  # where the run goes on, and not at every epoch
 
 
 class Reiterable:
