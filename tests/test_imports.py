@@ -25,7 +25,7 @@ LAYERS = [
     {"_engine"},
     {"_beginning", "_looks", "_run"},
     {"_resume"},
-    {"callbacks._arguments", "callbacks._background", "callbacks._compile_time", "callbacks._printing"},
+    {f"callbacks._{name}" for name in ("arguments", "averages", "background", "compile_time", "printing")},
     {"callbacks._measures", "callbacks._records"},
     {f"callbacks._{name}" for name in (
         "batch_size", "checkpoint", "combinators", "files", "freeze", "gradients", "guards", "log_progress", "plot",

@@ -89,6 +89,10 @@ def when(predicate: Callable[[Any, Any], Any], callback: Callback) -> Callback:
     Returns:
         The callback, run where the condition holds.
 
+    What a callback opens in one hook and closes in another stays open where the condition holds for the first alone:
+    with ``ema(evaluate=True)``, which changes the parameters at the beginning of an evaluation and back at its end, it
+    must hold for both or for neither.
+
     Raises:
         TypeError: ``predicate`` is not a function or ``callback`` no callback.
 
@@ -113,7 +117,8 @@ def chain(*callbacks: Callback, name: str = "chain") -> Callback:
         *callbacks: those with other hooks than the ones of gradients and updates must be all traced or all on the
             host, and with the same ``every``.
         name: of the chain. Its memory is those of the callbacks, by their names; if one has hooks inside the step, all
-            of it is on the device, so it must be arrays and numbers.
+            of it is on the device, so it must be arrays and numbers. A callback with a memory sees those of the chain
+            beside the others'; one without, ``checkpoint`` for one, sees the state as it is outside of the chain.
 
     Returns:
         One callback.
@@ -147,24 +152,33 @@ def chain(*callbacks: Callback, name: str = "chain") -> Callback:
         def hook(*arguments: Any) -> Any:
             place = len(arguments) - len(HOOKS[hook_name].values)
             lead, (state, *rest) = arguments[:place], arguments[place:]
-            memories = state.callback_states.get(name) or {}
-            others = {owner: memory for owner, memory in state.callback_states.items() if owner != name}
-            given = (state.replace(callback_states={**others, **memories}), *rest)
             for member in members:
                 function = hooks_of(member).get(hook_name)
-                if function is not None:
-                    given = _called(member, hook_name, function, lead, given)
-            state, *rest = given
-            after = state.callback_states
-            kept = {owner: others[owner] if owner in memories else after[owner] for owner in others}
-            if memories:
-                kept[name] = {owner: after[owner] for owner in memories}
-            return state.replace(callback_states=kept), *rest
+                if function is not None and member.name not in (state.callback_states.get(name) or {}):
+                    state, *rest = _called(member, hook_name, function, lead, (state, *rest))
+                elif function is not None:
+                    inside = _unfolded(name, state)
+                    after, *rest = _called(member, hook_name, function, lead, (inside, *rest))
+                    state = _folded(name, state, after)
+            return state, *rest
 
         return hook
 
     hooks: dict[str, Any] = {hook: hook_of(hook) for hook in HOOKS if any(hook in hooks_of(m) for m in members)}
     return Callback(name=name, init=init, traced=placed[0].traced, every=placed[0].every, **hooks)
+
+
+def _unfolded(name: str, state: Any) -> Any:
+    """The state with the memories of a chain's callbacks beside the others', and in the place of any of that name."""
+    others = {owner: memory for owner, memory in state.callback_states.items() if owner != name}
+    return state.replace(callback_states={**others, **state.callback_states[name]})
+
+
+def _folded(name: str, before: Any, after: Any) -> Any:
+    """Undo ``_unfolded``, after a hook."""
+    outer, memories, inner = before.callback_states, before.callback_states[name], after.callback_states
+    kept = {owner: memory if owner in memories else inner[owner] for owner, memory in outer.items() if owner != name}
+    return after.replace(callback_states={**kept, name: {owner: inner[owner] for owner in memories}})
 
 
 def tolerate(callback: Callback, *, failures: int = 3) -> Callback:

@@ -41,12 +41,18 @@ def progress_bar(
     """
     bars: list[_Bar] = []  # the bar of the run under way: a resource of the host, no part of the run's state
 
+    def bar_of(trainer: Any, state: Any) -> _Bar:
+        if not bars:  # a combinator has left out the beginning of the run
+            bars.append(_Bar(file or sys.stderr, clock, trainer, state))
+        return bars[0]
+
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        bars[:] = [_Bar(file or sys.stderr, clock, trainer, state)]
+        bars.clear()
+        bar_of(trainer, state)
         return state, logs
 
     def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
-        bars[0].batch_done(trainer.steps_per_epoch, state.epoch, batch_idx, logs)
+        bar_of(trainer, state).batch_done(trainer.steps_per_epoch, state.epoch, batch_idx, logs)
         return state, logs
 
     def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
@@ -56,13 +62,14 @@ def progress_bar(
         return state, logs
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
-        del epoch, trainer
-        bars[0].epoch_done(state, logs)
+        del epoch
+        bar_of(trainer, state).epoch_done(state, logs)
         return state, logs
 
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
-        bars.pop().close()
+        while bars:
+            bars.pop().close()
         return state, logs
 
     def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:

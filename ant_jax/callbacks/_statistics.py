@@ -54,27 +54,38 @@ def gradient_statistics(
         histograms: whether to log ``grad_histogram/<path>``: how many elements of a gradient have a magnitude in
             ``[2**e, 2**(e + 1))``, for ``e`` from -24 to 7, float32[32]; what is smaller is counted in the first bin,
             what is larger, infinite or NaN in the last.
-        name: of the callback; it keeps no memory.
+        name: of the callback; it keeps no memory. Another name than the default stands before those of the logs, as in
+            ``clipped/grad_norm``.
 
     Returns:
         A callback that publishes ``grad_norm``, ``param_norm`` and ``update_norm``, float32 scalars. Where a batch
         brings no update they are NaN and not part of the epoch's mean.
 
+    Raises:
+        ValueError: in the first step, if another callback has published one of these logs.
+
     >>> gradient_statistics()
     Callback(name='gradient_statistics', hooks=on_before_update, on_before_apply)
     """
+    prefix = "" if name == "gradient_statistics" else f"{name}/"
 
     def norms(kind: str, tree: Any) -> dict[str, Any]:
         of_layers = {path: _norm(leaf) for path, leaf in named_leaves(tree).items()}
-        in_all = {f"{kind}_norm": optax.tree.norm(of_layers)}
-        return in_all | ({f"{kind}_norm/{path}": norm for path, norm in of_layers.items()} if per_layer else {})
+        in_all = {f"{prefix}{kind}_norm": optax.tree.norm(of_layers)}
+        return in_all | ({f"{prefix}{kind}_norm/{path}": norm for path, norm in of_layers.items()} if per_layer else {})
 
     def on_before_update(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
         del batch_idx, trainer
-        logs = {**logs, **norms("grad", grads), **norms("param", state.params)}
+        mine = norms("grad", grads) | norms("param", state.params)
         if histograms:
-            logs |= {f"grad_histogram/{path}": _histogram(grad) for path, grad in named_leaves(grads).items()}
-        return state, grads, logs
+            mine |= {f"{prefix}grad_histogram/{path}": _histogram(grad) for path, grad in named_leaves(grads).items()}
+        taken = [log for log in mine if log in logs]
+        if taken:
+            raise ValueError(
+                f"{name}: another callback has published the log {taken[0]!r}; give that one or this one another name, "
+                f"gradient_statistics(name='clipped')"
+            )
+        return state, grads, {**logs, **mine}
 
     def on_before_apply(batch_idx: Any, trainer: Any, state: Any, updates: Any, logs: Any) -> Any:
         del batch_idx, trainer

@@ -22,6 +22,7 @@ from ant_jax.callbacks._arguments import (
     check_positive,
     number,
 )
+from ant_jax.callbacks._averages import evaluated
 
 
 def early_stopping(
@@ -47,10 +48,12 @@ def early_stopping(
         baseline: an improvement that does not reach it does not end the wait; the run goes on for that epoch, though.
         start_epoch: the first epoch, from 0, that is looked at; those before it are warm-up.
         restore_best: whether the run ends with the parameters and the model state of the best epoch. It is done in
-            ``on_train_end``; checkpoints hold the latest and, in the callback's memory, the best.
+            ``on_train_end``; checkpoints hold the latest and, in the callback's memory, the best. With a callback that
+            evaluates an average, ``ema(evaluate=True)``, the average of that epoch is restored, too; list this one
+            after it. (Not with ``swa(evaluate=True)``, whose average has moved on by the end of the epoch.)
         name: of the callback. Its memory is ``{"best": float32 scalar, "wait": int32 scalar}``, the best value so far
-            and the epochs since, and with ``restore_best`` also ``params`` and ``model_state`` of the best epoch, or of
-            the latest as long as there is none.
+            and the epochs since, and with ``restore_best`` also ``params``, ``model_state`` and ``averages`` of the
+            best epoch, or of the latest as long as there is none.
 
     Returns:
         A callback that requests the stop.
@@ -58,6 +61,7 @@ def early_stopping(
     Raises:
         ValueError: an argument out of range.
         KeyError: at the end of the first epoch, if there is no log of that name; the message lists those there are.
+        ValueError: with ``restore_best``, if a callback that evaluates an average is listed after it, or is a ``swa``.
 
     References:
         Prechelt, Early stopping - but when?, 1998, https://doi.org/10.1007/3-540-49430-8_3
@@ -78,7 +82,10 @@ def early_stopping(
     nothing = sign * math.inf
 
     def weights(state: Any) -> dict[str, Any]:
-        return {"params": state.params, "model_state": state.model_state} if restore_best else {}
+        if not restore_best:
+            return {}
+        averages = {other: memory["average"] for other, memory in state.callback_states.items() if evaluated(memory)}
+        return {"params": state.params, "model_state": state.model_state, "averages": averages}
 
     def init(state: Any) -> Any:
         return {"best": jnp.float32(nothing), "wait": jnp.int32(0), **weights(state)}
@@ -92,6 +99,17 @@ def early_stopping(
         wait = jnp.where(reset | ~counts, 0, memory["wait"] + 1)
         best = jnp.where(improved, value, memory["best"])
         keeps, now = improved | (best == nothing), weights(state)
+        for other in now.get("averages", {}):
+            if "count" in state.callback_states[other]:
+                raise ValueError(
+                    f"{name}: restore_best=True would restore another average than the one that {other!r} had when it "
+                    f"was evaluated; leave out restore_best, or evaluate=True there"
+                )
+            if other not in memory["averages"]:
+                raise ValueError(
+                    f"{name}: restore_best=True restores what was evaluated, the average of {other!r}; list {name!r} "
+                    f"after {other!r}"
+                )
         kept = jax.tree.map(lambda new, old: jnp.where(keeps, new, old), now, {field: memory[field] for field in now})
         state = state.with_callback_state(name, {"best": best, "wait": wait, **kept})
         return state.request_stop(when=(wait >= patience) & ~improved), logs
@@ -99,6 +117,8 @@ def early_stopping(
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
         memory = state.callback_states[name]
+        for other, average in memory["averages"].items():
+            state = state.with_callback_state(other, {**state.callback_states[other], "average": average})
         return state.replace(params=memory["params"], model_state=memory["model_state"]), logs
 
     restore: dict[str, Any] = {"on_train_end": on_train_end} if restore_best else {}
@@ -181,22 +201,23 @@ def time_limit(
     """
     limit = seconds.total_seconds() if isinstance(seconds, datetime.timedelta) else seconds
     check_positive("time_limit", "seconds", limit)
-    since = [0.0]  # when time was last counted: a fact about this process, no part of the run
+    counted: dict[str, Any] = {}  # when, and in which run, time was last counted: facts about this process
 
     def init(state: Any) -> Any:
         del state
         return {"seconds": 0.0}
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        since[0] = clock()
+        counted.update(run=trainer.costs, at=clock())
         return state, logs
 
     def look(position: int, trainer: Any, state: Any, logs: Any) -> Any:
-        del position, trainer
+        del position
         now = clock()
-        passed = state.callback_states[name]["seconds"] + now - since[0]
-        since[0] = now
+        # A combinator may have left out the beginning of the run; then time counts from the first look on.
+        before = counted["at"] if counted.get("run") is trainer.costs else now
+        passed = state.callback_states[name]["seconds"] + now - before
+        counted.update(run=trainer.costs, at=now)
         return state.with_callback_state(name, {"seconds": passed}).request_stop(when=passed >= limit), logs
 
     return Callback(

@@ -11,6 +11,7 @@ import optax
 from ant_jax._callback import Callback
 from ant_jax._hyperparams import Hyperparam
 from ant_jax.callbacks._arguments import check_count, check_fraction, number
+from ant_jax.callbacks._averages import evaluated
 
 
 def ema(decay: float | Hyperparam = 0.999, *, evaluate: bool = False, name: str = "ema") -> Callback:
@@ -137,11 +138,8 @@ def _swapped(name: str, evaluate: bool, state: Any) -> dict[str, Any]:
     if not evaluate:
         return {}
 
-    def swaps(memory: Any) -> bool:
-        return isinstance(memory, dict) and memory.keys() >= {"average", "swapped"}
-
     for other, memory in state.callback_states.items():
-        if any(map(swaps, jax.tree.leaves(memory, is_leaf=swaps))):
+        if any(map(evaluated, jax.tree.leaves(memory, is_leaf=evaluated))):
             raise ValueError(f"{name}: only one callback of a trainer may have evaluate=True, and {other!r} has it")
     return {"swapped": jnp.bool_(False)}
 

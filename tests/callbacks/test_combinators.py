@@ -1,5 +1,6 @@
 """Callbacks made of callbacks: run more rarely, on a condition, as one, or without harm when they fail."""
 
+import io
 import logging
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import assert_bit_equal, batches, host, numbers, trainer
+from problems import assert_bit_equal, batches, data, host, numbers, trainer
 
 import ant_jax as ant
 from ant_jax._callback import HOOKS, hooks_of
@@ -257,7 +258,7 @@ def test_what_cannot_stop_does_not_make_the_host_ask():
     def may_stop(*callbacks: ant.Callback) -> bool:
         a_trainer = trainer(*callbacks)
         a_trainer.train_step(a_trainer.init(batches()[0]), batches()[0])
-        (program,) = a_trainer._programs._train.values()
+        (program,) = set(a_trainer._programs._train.values())
         return program.may_stop
 
     quiet = (library.ema(), library.gradient_statistics(), library.clip_by_value(1.0), library.zero_nans())
@@ -508,3 +509,31 @@ def test_combinators_of_combinators(caplog):
     assert history[0]["train_x"] == 5 and history[1]["train_x"] == 4  # batches 3 and 5 of the first epoch
     assert len(messages(caplog)) == 5
     assert state.callback_states["failing"] == 2 * 4  # batches 3 and 5 of the epochs before the fifth failure
+
+
+@pytest.mark.parametrize(
+    "member",
+    [lambda: library.gradient_noise(0.01), lambda: library.batch_size_schedule({0: 4}, per="batch")],
+    ids=["memory on the device", "memory on the host"],
+)
+def test_a_checkpoint_in_a_chain_holds_the_memory_of_the_chain(member, tmp_path):
+    loader = ant.ArrayLoader(data(24), 8)
+
+    def made() -> ant.Trainer:
+        return trainer(library.chain(member(), library.checkpoint(tmp_path)))
+
+    state, _ = made().fit(made().init(batches()[0]), loader, 2)
+    restored = made().restore(tmp_path)
+    assert_bit_equal(restored, state)
+    assert restored.callback_states["chain"].keys() == state.callback_states["chain"].keys()
+
+
+def test_what_misses_the_beginning_of_the_run_begins_later(tmp_path, capsys):
+    late = lambda state, logs: state.epoch >= 1  # noqa: E731
+    lines = io.StringIO()
+    callbacks = [library.time_limit(60.0), library.progress_bar(file=lines), library.checkpoint(tmp_path)]
+    state, history = fitted(*(library.when(late, callback) for callback in callbacks), epochs=3)
+    assert len(history) == 3 and not state.stop
+    assert state.callback_states["time_limit"]["seconds"] < 60
+    assert "val" not in lines.getvalue() and lines.getvalue()
+    assert len(list(tmp_path.glob("step_*"))) == 3

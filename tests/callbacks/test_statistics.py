@@ -120,3 +120,18 @@ def test_histograms_are_of_each_parameter():
     expected = {f"grad_histogram/{path}": _histogram(grad).tolist() for path, grad in grads.items()}
     actual = {name: log.tolist() for name, log in logs.items() if "histogram" in name}
     assert actual == expected
+
+
+def test_logs_of_one_name_do_not_hide_each_other():
+    two = [
+        library.gradient_statistics(),
+        library.clip_by_global_norm(0.01),
+        library.gradient_statistics(name="clipped"),
+    ]
+    a_trainer = trainer(*two)
+    _, history = a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 1)
+    assert history[0]["train_clipped/grad_norm"] < history[0]["train_grad_norm"]
+    assert "train_clipped/grad_norm/bias" in history[0]
+    colliding = trainer(library.gradient_norm(), library.gradient_statistics())
+    with pytest.raises(ValueError, match="another callback has published the log 'grad_norm'; give that one or this"):
+        colliding.fit(colliding.init(batches()[0]), batches(2), 1)

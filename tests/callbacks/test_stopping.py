@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from problems import apply, assert_bit_equal, batches, host, init, trainer
 
@@ -319,3 +320,19 @@ def test_refuses(factory, argument, values, allowed):
 def test_refuses_no_time():
     with pytest.raises(ValueError, match="time_limit: seconds must be a finite number above 0, got 0.0"):
         library.time_limit(datetime.timedelta(0))
+
+
+def test_the_average_that_was_judged_best_is_restored():
+    stopping = library.early_stopping("val_loss", patience=2, restore_best=True)
+    average = library.ema(0.5, evaluate=True)
+    a_trainer = trainer(average, stopping, optimizer=optax.sgd(3.0))
+    state, history = a_trainer.fit(a_trainer.init(batches()[0]), batches(5), 9, batches(2))
+    losses = [logs["val_loss"] for logs in history]
+    assert a_trainer.evaluate(state, batches(2))["val_loss"] == min(losses) != losses[-1]
+    for callbacks, message in (
+        ([stopping, average], "list 'early_stopping' after 'ema'"),
+        ([library.swa(1, evaluate=True), stopping], "another average than the one that 'swa' had"),
+    ):
+        refusing = trainer(*callbacks)
+        with pytest.raises(ValueError, match=message):
+            refusing.fit(refusing.init(batches()[0]), batches(5), 1, batches(2))
