@@ -1,12 +1,14 @@
 """A run that was saved goes on from every moment, bit for bit; what a directory holds is known."""
 
+import json
+import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import BATCH, adam, assert_bit_equal, batches, data, host, leaves_of, trainer
+from problems import BATCH, adam, assert_bit_equal, batches, data, host, leaves_of, numbers, trainer
 
 import ant_jax as ant
 from ant_jax._seal import sealed, unsealed
@@ -100,14 +102,40 @@ def test_restoring_compiles_nothing_anew(tmp_path, compilations):
     assert compilations.count == 0
 
 
-def test_orbax_alone_reads_the_parameters(tmp_path):
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")  # Orbax says so of any tree that it reads so
+@pytest.mark.parametrize("reader", ["StandardCheckpointer", "PyTreeCheckpointer"])
+def test_orbax_and_json_alone_read_all_of_a_checkpoint(reader, tmp_path):
     import orbax.checkpoint as ocp
 
-    a_trainer = trainer()
-    state = a_trainer.init(batches()[0])
+    a_trainer = trainer(ant.callbacks.ema(0.9), remember(), optimizer=adam(), gradient_accumulation_steps=3)
+    state, history = a_trainer.fit(a_trainer.init(batches()[0]), batches(), 1)
+    state, _ = a_trainer.train_step(state, batches()[0])
+    assert bool(state.window_open)
     a_trainer.save(tmp_path, state)
-    arrays = ocp.StandardCheckpointer().restore(tmp_path / "step_0" / "arrays")
-    jax.tree.map(np.testing.assert_array_equal, arrays["params"], state.params)
+    (saved,) = tmp_path.glob("step_*")
+
+    def by_path(tree: Any) -> dict[str, np.ndarray]:
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): numbers(leaf) for path, leaf in leaves}
+
+    with getattr(ocp, reader)() as opened:
+        arrays = by_path(opened.restore(saved / "arrays"))
+    fields = ("step", "params", "model_state", "opt_state", "key", "accumulator")
+    there = {field: getattr(state, field) for field in fields}
+    expected = by_path({**there, "callback_states": {"ema": state.callback_states["ema"]}})
+    assert arrays.keys() == expected.keys()
+    for name, leaf in arrays.items():
+        np.testing.assert_array_equal(leaf, expected[name], err_msg=name, strict=True)
+
+    host_part = json.loads((saved / "host" / "metadata").read_text())
+    rows = {"/".join(keys): (dtype, shape, crc32) for keys, dtype, shape, crc32 in host_part["arrays"]}
+    assert rows == {
+        name: (leaf.dtype.name, list(leaf.shape), zlib.crc32(leaf.tobytes())) for name, leaf in arrays.items()
+    }
+    (row,) = host_part["history"]
+    assert dict(row["dict"])["train_loss"] == history[0]["train_loss"]
+    assert dict(host_part["fields"]["dict"])["epoch"] == 1
+    assert dict(dict(host_part["memories"]["dict"])["remember"]["dict"])["seen"] == [0]
 
 
 def test_newest_chosen_and_missing(tmp_path):
