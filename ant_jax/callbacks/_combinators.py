@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from ant_jax._branches import run_if
 from ant_jax._callback import BATCH_HOOKS, HOOKS, STEP_HOOKS, Callback, HookFn, checked, hooks_of
 from ant_jax._judging import judged
 from ant_jax.callbacks._arguments import check_count
+from ant_jax.callbacks._background import bearing
 
 
 _logger = logging.getLogger("ant_jax")
@@ -185,8 +187,9 @@ def tolerate(callback: Callback, *, failures: int = 3) -> Callback:
     """Let a run go on when a host callback fails, such as a tracker whose server is down.
 
     An exception in one of its hooks is logged as a warning (logger ``ant_jax``), and the state and the logs stay as
-    they were. After so many failures in a run it is not called any more, but for ``on_train_end`` and ``on_exception``,
-    where it may close what it has open. Ctrl-C is no failure.
+    they were. Everything that it writes in the background and that fails is one failure more. After so many in a run it
+    is given up on: what it has not begun to write is left out, and it is not called any more, but for ``on_train_end``
+    and ``on_exception``, where it may close what it has open. Ctrl-C is no failure.
 
     Args:
         callback: which one; the result keeps its name and its memory.
@@ -212,6 +215,19 @@ def tolerate(callback: Callback, *, failures: int = 3) -> Callback:
         )
     failed = [0]  # in this run: a fact about this process, no part of the run
 
+    def bear(hook_name: str, error: Exception) -> bool:
+        """Count a failure and say it; returns whether to go on."""
+        failed[0] += 1
+        count = f"failure {failed[0]} of {failures}; "
+        if failed[0] < failures:
+            outlook = count + "the run goes on"
+        else:
+            outlook = count + "it is not called any more" if failed[0] == failures else "it had been given up on"
+        _logger.warning(
+            "callback %r failed in %s (%s): %s: %s", callback.name, hook_name, outlook, type(error).__name__, error
+        )
+        return failed[0] < failures
+
     def hook_of(hook_name: str, function: HookFn) -> HookFn:
         def hook(*arguments: Any) -> Any:
             place = len(arguments) - len(HOOKS[hook_name].values)
@@ -219,14 +235,10 @@ def tolerate(callback: Callback, *, failures: int = 3) -> Callback:
             if failed[0] >= failures and hook_name not in ("on_train_end", "on_exception"):
                 return given
             try:
-                return _called(callback, hook_name, function, lead, given)
+                with bearing(functools.partial(bear, hook_name)):
+                    return _called(callback, hook_name, function, lead, given)
             except Exception as error:
-                failed[0] += 1
-                outlook = "it is not called any more" if failed[0] >= failures else "the run goes on"
-                _logger.warning(
-                    "callback %r failed in %s (failure %d of %d; %s): %s: %s",
-                    *(callback.name, hook_name, failed[0], failures, outlook, type(error).__name__, error),
-                )
+                bear(hook_name, error)
                 return given
 
         return hook

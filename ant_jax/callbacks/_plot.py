@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import pathlib
+import threading
 from typing import Any
 
 from ant_jax._callback import Callback
 from ant_jax._history import History
 from ant_jax.callbacks._arguments import refuse, require
 from ant_jax.callbacks._background import Writer, replacing
+
+
+_drawing = threading.Lock()  # matplotlib does not promise to draw in two threads at once
 
 
 def plot_history(path: str | os.PathLike[str], *names: str, name: str = "plot_history") -> Callback:
@@ -67,7 +71,8 @@ def _check_suffix(path: pathlib.Path) -> None:
 def _draw(history: History, names: tuple[str, ...], target: pathlib.Path) -> None:
     from matplotlib.figure import Figure  # not pyplot, which belongs to the main thread
 
-    figure = Figure()
-    history.plot(*names, ax=figure.subplots())
-    with replacing(target) as beside:
-        figure.savefig(beside)
+    with _drawing:
+        figure = Figure()
+        history.plot(*names, ax=figure.subplots())
+        with replacing(target) as beside:
+            figure.savefig(beside)

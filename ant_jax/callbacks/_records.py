@@ -48,6 +48,7 @@ def recording(
         epochs: whether there is a record of every epoch.
     """
     check_count(owner, "every", every, unit="batches", optional=True)
+    writer = Writer()  # one for all runs, so that nothing of a run comes before the last task of one interrupted
     runs: list[_Run] = []  # the run under way: a resource of the host, no part of the run's state
 
     def begin(trainer: Any, state: Any, untold: int = 0) -> Any:
@@ -68,7 +69,8 @@ def recording(
         if not runs:
             return
         try:
-            runs.pop().writer.drain()
+            runs.pop()
+            writer.drain()
         except BaseException as failure:
             error = error or failure
             raise
@@ -83,14 +85,14 @@ def recording(
         state = under_way(trainer, state, untold=1)
         # The task must not refer to the state: the trainer would copy it instead of overwriting it.
         epoch, step = state.epoch, runs[0].step(state)
-        runs[0].writer.submit(lambda: sink.write(_means(logs.window), epoch, step))
+        writer.submit(lambda: sink.write(_means(logs.window), epoch, step))
         return state, logs
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         state = under_way(trainer, state)
         step = runs[0].end_epoch(state)
         if epochs:
-            runs[0].writer.submit(lambda: sink.write({log: to_python(logs[log]) for log in logs}, epoch, step))
+            writer.submit(lambda: sink.write({log: to_python(logs[log]) for log in logs}, epoch, step))
         return state, logs
 
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
@@ -116,7 +118,7 @@ def recording(
 
 
 class _Run:
-    """One run: its tasks, and how far it is, counted on the host so that no record waits for the device.
+    """One run, and how far it is, counted on the host so that no record waits for the device.
 
     Args:
         trainer: of its hooks, by which the run is told from another.
@@ -124,7 +126,7 @@ class _Run:
     """
 
     def __init__(self, trainer: Any, state: Any):
-        self.trainer, self.writer = trainer, Writer()
+        self.trainer = trainer
         self._find(state)
 
     def _find(self, state: Any) -> None:

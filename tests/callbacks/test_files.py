@@ -14,6 +14,7 @@ from problems import batches, host, trainer
 import ant_jax as ant
 from ant_jax._callback import hooks_of
 from ant_jax.callbacks import _files, _records
+from ant_jax.callbacks._background import Writer
 
 
 FACTORIES = {"csv": ant.callbacks.csv_log, "json": ant.callbacks.json_log}
@@ -229,6 +230,57 @@ def test_a_column_that_cannot_be_added_costs_no_other_row(tmp_path, monkeypatch)
     path = tmp_path / "log.csv"
     fit(host("publish", on_epoch_end=publish), ant.callbacks.tolerate(ant.callbacks.csv_log(path)), epochs=4)
     assert [(row["epoch"], "late" in row) for row in rows_of(path)] == [(0, False), (2, True), (3, True)]
+
+
+def test_every_row_that_fails_is_a_failure_and_after_too_many_the_rest_is_left_out(tmp_path, monkeypatch, caplog):
+    trained, given_up, tried, give_up = threading.Event(), threading.Event(), [], Writer._give_up
+
+    def write(*arguments: Any) -> None:
+        trained.wait()
+        tried.append(arguments)
+        if len(tried) > 2:  # it may have begun before the failures of the others are told
+            given_up.wait()
+        raise OSError("the disk is full")
+
+    def train_end(trainer: Any, state: Any, logs: Any) -> Any:
+        trained.set()
+        return state, logs
+
+    monkeypatch.setattr(_files._Lines, "write", write)
+    monkeypatch.setattr(Writer, "_give_up", lambda writer: (give_up(writer), given_up.set()))
+    log = ant.callbacks.tolerate(ant.callbacks.json_log(tmp_path / "log", every=1), failures=2)
+    fit(host("end", on_train_end=train_end), log, epochs=10)  # 60 rows, none of which is written while it trains
+    said = [record.getMessage().split(": ")[0] for record in caplog.records if record.name == "ant_jax"]
+    assert said[:2] == [
+        "callback 'json_log' failed in on_train_end (failure 1 of 2; the run goes on)",
+        "callback 'json_log' failed in on_train_end (failure 2 of 2; it is not called any more)",
+    ]
+    assert len(said) == len(tried) <= 3
+
+
+def test_a_callback_that_cannot_write_holds_up_no_other(tmp_path, monkeypatch):
+    """Rows of the table are written while the first line is not: the line waits for all of them."""
+    monkeypatch.setattr(_files._Lines, "write", lambda *arguments: written.wait())
+    written, write = threading.Event(), _files._Table.write
+
+    def write_and_tell(*arguments: Any) -> None:
+        write(*arguments)
+        if len(rows_of(tmp_path / "log.csv")) == 3:
+            written.set()
+
+    monkeypatch.setattr(_files._Table, "write", write_and_tell)
+    fit(ant.callbacks.json_log(tmp_path / "log"), ant.callbacks.csv_log(tmp_path / "log.csv"))
+    assert len(rows_of(tmp_path / "log.csv")) == 3
+
+
+def test_runs_leave_no_threads(tmp_path):
+    counts: set[int] = set()
+    a_trainer = trainer(ant.callbacks.csv_log(tmp_path / "a.csv"), ant.callbacks.json_log(tmp_path / "b.json"))
+    start = a_trainer.init(batches()[0])
+    for _ in range(20):
+        a_trainer.fit(start, batches(5), 1)
+        counts.add(sum(thread.name.startswith("ant_jax-writer") for thread in threading.enumerate()))
+    assert counts == {0}
 
 
 def test_a_directory_that_cannot_be_written_is_an_error_at_the_beginning(tmp_path):
