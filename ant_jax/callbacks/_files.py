@@ -25,7 +25,8 @@ def csv_log(path: str | os.PathLike[str], *, every: int | None = None, name: str
     On the host; the file is written in the background, and every row is there as soon as it is written. A run that goes
     on drops the rows of what it does again, and one that was torn when a process was killed, so the file ends like that
     of a run that was not interrupted; a run from step 0 begins the file anew. A log that appears later gets a column
-    then. Arrays are left out.
+    then. Arrays are left out. With ``every``, where a callback listed before this one raises in ``on_batch_end``, this
+    one is not told of the batch, so a run that goes on from the exception's ``train_state`` has no row of it.
 
     Args:
         path: of the file; its directory is made.
@@ -48,8 +49,8 @@ def json_log(path: str | os.PathLike[str], *, every: int | None = None, name: st
     """Write the logs as JSON lines, one object an epoch, and one every so many batches.
 
     On the host; the file is written in the background, and every line is there as soon as it is written. A run that
-    goes on drops the lines of what it does again, as in :func:`csv_log`. What is not finite is ``null``, an
-    array a list.
+    goes on drops the lines of what it does again, as in :func:`csv_log`, and lacks the line of a batch in whose
+    ``on_batch_end`` a callback listed before this one raised. What is not finite is ``null``, an array a list.
 
     Args:
         path: of the file; its directory is made.
