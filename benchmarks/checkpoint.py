@@ -14,6 +14,7 @@ import functools
 import importlib.metadata
 import os
 import pathlib
+import shutil
 import statistics
 import tempfile
 import threading
@@ -201,28 +202,36 @@ def run_with_and_without(pairs: int, seconds: float, directory: pathlib.Path) ->
         jax.block_until_ready(state.params)
         return wall, time.process_time() - cpu
 
-    plain = trainer_with()
-    run(plain, 50)
-    epochs = max(1, round(seconds * 100 / run(plain, 100)[0]))
-    times: dict[str, list[tuple[float, float]]] = {"with": [], "without": []}
-    for i in range(pairs + 1):
-        where = directory / f"run_{i}"
-        saving = trainer_with(ant.callbacks.checkpoint(where, every_seconds=EVERY_SECONDS, every_epochs=None, keep=100))
-        n = epochs if i else 50  # the first compiles
-        sides = [("with", saving), ("without", plain)]
-        for name, trainer in sides if i % 2 else sides[::-1]:
-            measured = run(trainer, n)
-            if i:
-                times[name].append(measured)
-        if i:
-            saved.append(len(_checkpoint.steps_in(where)))
-    (wall, cpu), (wall_without, cpu_without) = (zip(*times[name], strict=True) for name in ("with", "without"))
+    hook_seconds: list[float] = []  # the time that training waited for the callback's hooks
+    reporter = ant.Callback(
+        name="reporter",
+        on_train_end=lambda trainer, state, logs: (
+            hook_seconds.append(trainer.costs.hook_seconds["checkpoint"]) or state,
+            logs,
+        ),
+    )
+    saving = ant.callbacks.checkpoint(directory, every_seconds=EVERY_SECONDS, every_epochs=None, keep=100)
+    trainers = {"with": trainer_with(saving, reporter), "without": trainer_with()}
+    for trainer in trainers.values():
+        run(trainer, 50)  # compiles
+    epochs = max(1, round(seconds * 100 / run(trainers["without"], 100)[0]))
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in trainers}
+    hook_seconds.clear()
+    for i in range(pairs):
+        shutil.rmtree(directory)
+        for name in list(trainers)[:: 1 if i % 2 else -1]:
+            times[name].append(run(trainers[name], epochs))
+        saved.append(len(_checkpoint.steps_in(directory)))
+    wall, cpu = zip(*times["with"], strict=True)
+    wall_without, cpu_without = zip(*times["without"], strict=True)
     clock = compared(wall, wall_without, RUN_TARGET, ("with", "without"))
     processors = compared(cpu, cpu_without, None, ("with", "without"))
+    shares = [hooks / whole for hooks, whole in zip(hook_seconds, wall, strict=True)]
     return {
         "pairs": pairs,
         "steps": epochs * STEPS,
         "saves_in_each_run": saved,
+        "share_of_time_in_hooks": round(statistics.median(shares), 5),
         "clock": clock,
         "processors": processors,
     }
@@ -265,6 +274,7 @@ def main() -> None:
             f"run of {found['steps']} steps with {found['saves_in_each_run']} saves: {clock['ratio']:.4f}x the time "
             f"of one without (of minima {clock['ratio_of_minima']:.4f}x), target {RUN_TARGET}x "
             f"{verdict[clock['met']]}; processors' time {processors['ratio']:.4f}x; "
+            f"training waited {found['share_of_time_in_hooks']:.2%} of the time; "
             f"{clock['with_ms']:.0f} ms / {clock['without_ms']:.0f} ms"
             f"{'; large spread' if clock['spread_is_large'] else ''}"
         )
