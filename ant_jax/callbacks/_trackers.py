@@ -51,7 +51,9 @@ def wandb(
     """Log the scalars of the logs to Weights & Biases.
 
     On the host, in the background; ``wandb.init`` runs in ``on_train_begin``. A run that goes on goes on with the same
-    W&B run. With the environment variable ``WANDB_MODE=offline`` nothing leaves the machine.
+    W&B run. With the environment variable ``WANDB_MODE=offline`` nothing leaves the machine. Inside ``tolerate``
+    ``wandb.init`` waits 15 seconds for a server that is down, and not 90, unless the environment variable
+    ``WANDB_INIT_TIMEOUT`` or the argument ``settings`` is given.
 
     Args:
         project: where the run belongs.
@@ -161,7 +163,9 @@ class _Wandb:
 
         del epoch, step
         known = {} if memory["run_id"] is None else {"id": memory["run_id"]}
-        self._run = wandb.init(**{**self._arguments, **known})
+        shorter = is_borne() and "WANDB_INIT_TIMEOUT" not in os.environ
+        settings = {"settings": {"init_timeout": 15}} if shorter else {}
+        self._run = wandb.init(**{**settings, **self._arguments, **known})
         return {"run_id": self._run.id}
 
     def write(self, record: Mapping[str, Any], epoch: int, step: int) -> None:

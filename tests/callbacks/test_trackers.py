@@ -152,6 +152,26 @@ def test_wandb_reads_what_was_logged_and_a_run_goes_on(offline):
     assert [row["val_loss"] for row in rows if "val_loss" in row] == whole.history.to_dict()["val_loss"]
 
 
+def test_wandb_waits_less_for_its_server_where_its_failures_are_borne(monkeypatch):
+    import wandb
+
+    seen: list[Any] = []
+
+    def down(**arguments: Any) -> None:
+        seen.append(arguments.get("settings"))
+        raise OSError("down")
+
+    monkeypatch.setattr(wandb, "init", down)
+    monkeypatch.delenv("WANDB_INIT_TIMEOUT", raising=False)
+    fit(ant.callbacks.tolerate(ant.callbacks.wandb("digits")))
+    fit(ant.callbacks.tolerate(ant.callbacks.wandb("digits", settings={"init_timeout": 1}), failures=1))
+    with pytest.raises(OSError, match="down"):
+        fit(ant.callbacks.wandb("digits"))
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "60")
+    fit(ant.callbacks.tolerate(ant.callbacks.wandb("digits"), failures=1))
+    assert seen == [{"init_timeout": 15}] * 3 + [{"init_timeout": 1}, None, None]
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
 def test_a_package_that_is_missing_is_named_with_its_extra(name, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
