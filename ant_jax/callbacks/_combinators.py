@@ -91,6 +91,8 @@ def when(predicate: Callable[[Any, Any], Any], callback: Callback) -> Callback:
     Returns:
         The callback, run where the condition holds.
 
+    ``on_train_end`` and ``on_exception``, where a callback closes what it has open, are always run.
+
     What a callback opens in one hook and closes in another stays open where the condition holds for the first alone:
     with ``ema(evaluate=True)``, which changes the parameters at the beginning of an evaluation and back at its end, it
     must hold for both or for neither.
@@ -105,8 +107,8 @@ def when(predicate: Callable[[Any, Any], Any], callback: Callback) -> Callback:
     check_function("when", "predicate", predicate, "state", "logs")
 
     def due(name: str, lead: Any, state: Any, logs: Any) -> Any:
-        del name, lead
-        return predicate(state, logs)
+        del lead
+        return name in ("on_train_end", "on_exception") or predicate(state, logs)
 
     return _wrapped(callback, {name: _if(due, name, hook) for name, hook in _hooks_of("when", callback).items()})
 
