@@ -34,7 +34,7 @@ def reach(function: Any) -> dict[str, Any]:
     arrays of numpy, counters, random numbers, open files, objects. What is out of reach is left out.
     """
     found: dict[str, Any] = {}
-    _look_at("", function, found, set(), DEPTH)
+    _look_at("", function, found, {}, DEPTH)
     return found
 
 
@@ -88,14 +88,14 @@ def _is_of_python_or_jax(path: str) -> bool:
     return path == os.devnull or "__pycache__" in path or bool(cache and path.startswith(str(cache)))
 
 
-def _look_at(place: str, value: Any, found: dict[str, Any], visited: set[int], depth: int) -> None:
+def _look_at(place: str, value: Any, found: dict[str, Any], visited: dict[int, Any], depth: int) -> None:
     plain = _as_plain(value)
     if plain is not None:
         found.setdefault(place, []).append(plain)  # two functions may have a variable of one name
         return
     if id(value) in visited or not depth:
         return
-    visited.add(id(value))
+    visited[id(value)] = value  # kept, so that nothing else gets its id
     for name, part in _parts_of(value):
         _look_at(name.format(place) if place else name.format("").lstrip("."), part, found, visited, depth - 1)
 
