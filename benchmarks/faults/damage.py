@@ -132,8 +132,10 @@ def strangers(bench: Bench, scene: Scene) -> Row:
 def damaged(step: pathlib.Path, rng: np.random.Generator, faults: Sequence[Fault] = (), only: str = "") -> str:
     """Do something to a file of a checkpoint, or to all of it; returns what."""
     faults = faults or FAULTS
-    fault = faults[rng.integers(len(faults))]
-    files = sorted(path for path in step.rglob("*") if str(path).endswith(only) and path.is_file() and path.stat().st_size)
+    fault = faults[int(rng.integers(len(faults)))]
+    files = sorted(
+        path for path in step.rglob("*") if str(path).endswith(only) and path.is_file() and path.stat().st_size
+    )
     weights = np.array([1 + np.log2(path.stat().st_size) for path in files])  # large files more often, small ones too
     file = files[rng.choice(len(files), p=weights / weights.sum())]
     fault(step if fault in WHOLE else file, rng)

@@ -103,12 +103,20 @@ def fill(disk: pathlib.Path, leave: int) -> None:
 
 def full(bench: Bench, scene: Scene) -> Row:
     """Room for less than one checkpoint more, from the first, the second or a later save on; then there is room."""
-    trials, counts = bench.trials("disk full: named, last good intact, goes on when freed", TRIALS), collections.Counter()
+    trials, counts = (
+        bench.trials("disk full: named, last good intact, goes on when freed", TRIALS),
+        collections.Counter(),
+    )
     for number in range(bench.count(TRIALS)):
         save = 1 + number % SAVES
         leave = int(bench.rng("full", number).integers(0, 1 << 20))
-        with trials.one(f"save {save}, {leave} bytes left") as directory, mounted(directory / "disk", "size=24m") as disk:
-            error = scene.fails(disk / "run", at_save(disk / "run", save, lambda disk=disk, leave=leave: fill(disk, leave)))
+        with (
+            trials.one(f"save {save}, {leave} bytes left") as directory,
+            mounted(directory / "disk", "size=24m") as disk,
+        ):
+            error = scene.fails(
+                disk / "run", at_save(disk / "run", save, lambda disk=disk, leave=leave: fill(disk, leave))
+            )
             expect(isinstance(error, CheckpointError), f"the error is {error!r}")
             good = EVERY * (save - 1)
             for text in ("no space is left", f"of step {good}" if good else "there is no other", "are free"):
@@ -136,26 +144,16 @@ def read_only_at_start(directory: pathlib.Path, scene: Scene) -> None:
         expect(isinstance(error, OSError) and "Read-only" in str(error), f"the error is {error!r}")
 
 
-def read_only_meanwhile(directory: pathlib.Path, scene: Scene) -> None:
-    """read-only while the run goes on"""
-    with mounted(directory / "disk", "size=24m") as disk, bound(disk):
-        remount = ["mount", "-o", "remount,bind,ro", disk]
-        action = at_save(disk / "run", 3, lambda: subprocess.run(remount, check=True))
-        error = scene.fails(disk / "run", action)
-        expect(isinstance(error, CheckpointError) and "Read-only" in str(error), f"the error is {error!r}")
-        scene.check_last_good(disk / "run", 10)
-        subprocess.run(["mount", "-o", "remount,bind,rw", disk], check=True)
-        scene.check_goes_on(disk / "run")
-
-
-@contextlib.contextmanager
-def bound(disk: pathlib.Path) -> Iterator[None]:
-    """A second mount of a file system: the kernel makes it read-only although a file, the lock, is open for writing."""
-    subprocess.run(["mount", "--bind", disk, disk], check=True)
+def forbidden_meanwhile(directory: pathlib.Path, scene: Scene) -> None:
+    """writing is forbidden while the run goes on"""
+    run = directory / "run"  # immutable, which holds for root, too; no disk becomes read-only while a file is open
     try:
-        yield
+        error = scene.fails(run, at_save(run, 3, lambda: subprocess.run(["chattr", "+i", run], check=True)))
     finally:
-        subprocess.run(["umount", "-l", disk], check=True)
+        subprocess.run(["chattr", "-i", run], check=True)
+    expect(isinstance(error, CheckpointError) and "not permitted" in str(error), f"the error is {error!r}")
+    scene.check_last_good(run, 10)
+    scene.check_goes_on(run)
 
 
 def no_inodes(directory: pathlib.Path, scene: Scene) -> None:
@@ -232,7 +230,7 @@ def too_late() -> None:
 
 
 FAULTS = (
-    *(read_only_at_start, read_only_meanwhile, no_inodes, file_instead, inside_a_file, missing_parents, relative),
+    *(read_only_at_start, forbidden_meanwhile, no_inodes, file_instead, inside_a_file, missing_parents, relative),
     *(removed, made_anew),
 )
 

@@ -1,6 +1,6 @@
 """The reference job, in this process or in one of its own: ``python -m benchmarks.faults.job '{"directory": ...}'``.
 
-A job in its own process prints where it is (see ``PLACES``), what ``fit`` prints, and in the end the digest of its state.
+A job in its own process prints where it is (see ``PLACES``), what ``fit`` prints, and in the end its state's digest.
 """
 
 from __future__ import annotations
@@ -81,8 +81,10 @@ class Job:
             best_so_far(),
         ]
         if self.directory is not None:
-            monitor = {"monitor": "val_loss"} if self.monitor else {}
-            callbacks.append(ant.callbacks.checkpoint(self.directory, every=self.every, keep=self.keep, **monitor))
+            monitor = "val_loss" if self.monitor else None
+            callbacks.append(
+                ant.callbacks.checkpoint(self.directory, every=self.every, keep=self.keep, monitor=monitor)
+            )
         callbacks += [*([marking()] if self.marks else []), *([leaving(self.leave)] if self.leave else [])]
         callbacks += [watching()] if self.watch else []
         schedule = optax.cosine_decay_schedule(1e-3, 2000)  # the same for a run of more epochs

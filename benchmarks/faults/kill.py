@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from benchmarks.faults.children import Child, committed, compiled_once, digest_of, each, sleep, unfinished
+from benchmarks.faults.children import Child, committed, compiled_once, digest_of, each, finished, sleep, unfinished
 from benchmarks.faults.job import Job
 from benchmarks.faults.trials import Bench, Row, Trials, expect
 
@@ -71,19 +71,19 @@ def chain(
     """Kill a run so many times, starting the same command each time, and let it end then."""
     directory = pathlib.Path(job.directory or "")
     newest: int | None = None
-    for kill in range(kills + 1):
+    for kill in range(kills):
         child = Child(job)
         with restarts.one(f"start {kill} in {directory}") if kill else contextlib.nullcontext():
-            if kill < kills:
-                aim(child, directory, rng)
-                counts["early_ends"] += not child.running
-                child.kill()
-            else:
-                expect(child.end() == 0, f"it has failed:\n{child.output[-2000:]}")
+            aim(child, directory, rng)
+            counts["early_ends"] += not child.running
+            child.kill()
             check_beginning(child, newest)
-        counts["inside_a_save"] += kill < kills and bool(unfinished(directory))
-        counts["half_deleted"] += kill < kills and sum(is_half_deleted(directory, s) for s in committed(directory))
+        counts["inside_a_save"] += bool(unfinished(directory))
+        counts["half_deleted"] += sum(is_half_deleted(directory, step) for step in committed(directory))
         newest = max(committed(directory), default=None)
+    with restarts.one(f"the last start in {directory}"):
+        child = finished(job)
+        check_beginning(child, newest)
     expect(child.value(r"digest (\w+)") == expected, f"the digest differs:\n{child.output[-2000:]}")
     expect(not unfinished(directory), f"temporary directories are left: {unfinished(directory)}")
 
@@ -135,5 +135,3 @@ def at_deletion(child: Child, directory: pathlib.Path, rng: np.random.Generator)
     while time.monotonic() < deadline and child.running:
         if any(is_half_deleted(directory, step) for step in before):
             return
-
-

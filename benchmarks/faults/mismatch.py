@@ -64,7 +64,9 @@ KINDS = {
     "a parameter renamed": Kind("params/weight: missing", {"model": model(("weight", "bias"))}),
     "a parameter more": Kind("params/extra: missing", {"model": model(extra=2)}),
     "a parameter less": Kind("params/bias: unexpected", {"model": without_bias()}),
-    "a parameter of another shape": Kind("params/extra: expected", {"model": model(extra=2)}, {"model": model(extra=3)}),
+    "a parameter of another shape": Kind(
+        "params/extra: expected", {"model": model(extra=2)}, {"model": model(extra=3)}
+    ),
     "a parameter of another dtype": Kind("params/kernel: expected", {"model": model(dtype=jnp.bfloat16)}),
     "no model state": Kind("model_state/mean: unexpected", {"model": without_model_state()}),
     "another optimizer": Kind("opt_state/0/mu/kernel: ", {"optimizer": optax.sgd(0.1, momentum=0.9)}),
@@ -139,6 +141,4 @@ def other_data(directory: Any) -> None:
 
 
 def failing() -> ant.Callback:
-    return ant.Callback(name="failing", every=3, on_batch_end=lambda *arguments: 1 // 0)
-
-
+    return ant.Callback(name="failing", every=3, on_batch_end=lambda i, trainer, state, logs: (state, 1 // 0))

@@ -193,5 +193,3 @@ def kept_on_failure(directory: pathlib.Path, kept: pathlib.Path) -> Iterator[Non
         if directory.exists():
             shutil.copytree(directory, kept / "directory")
         raise
-
-
