@@ -29,6 +29,7 @@ BATCHES = 10  # of an epoch
 
 
 def rows(bench: Bench) -> Iterator[Row]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
     scene = Scene(bench)
     yield interrupts(bench, scene)
     yield from_outside(bench, scene, "Ctrl-C twice: ends at once, the previous intact", DOUBLES, twice)
