@@ -238,7 +238,8 @@ class Loop:
         """Train on batches of one size; returns whether the epoch is over, and not only their size."""
         live, costs = self._live, self._run.costs
         costs.runs(program)
-        rows = rows_of(feed, program.fused, [look.every for look in looks if isinstance(look.every, int)])
+        intervals = [look.every for look in looks if look.every is not None and not isinstance(look.every, range)]
+        rows = rows_of(feed, program.fused, intervals)
         prepare = _prepare(
             self._trainer,
             self._programs,
