@@ -11,17 +11,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import io
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,17 +24,11 @@ import optax
 from flax import linen as nn
 
 import ant_jax as ant
+from benchmarks._common import BATCH, MLP, STEPS, data, machine, timed, write
 
 
-STEPS, BATCH = 1000, 32  # of an epoch
 CNN_STEPS = 40
 EPOCHS = 3  # of a timed run
-
-
-class MLP(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(10)(nn.relu(nn.Dense(64)(x)))
 
 
 class CNN(nn.Module):
@@ -65,12 +54,6 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
-
-
-def data(steps: int, shape: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    inputs = rng.normal(size=(steps * BATCH, *shape)).astype(np.float32)
-    return inputs, rng.integers(0, 10, steps * BATCH).astype(np.int32)
 
 
 def stacked(arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
@@ -200,12 +183,6 @@ def pairs() -> list[Pair]:
     return found
 
 
-def timed(function: Callable[[], float]) -> tuple[float, float]:
-    start = time.perf_counter()
-    result = function()
-    return time.perf_counter() - start, result
-
-
 def measure(pair: Pair, rounds: int) -> dict[str, Any]:
     for _ in range(3):  # compile, and let the trainer find its pace
         pair.ours()
@@ -242,15 +219,7 @@ def main() -> None:
     )
     parser.add_argument("--json", help="also write the results to this file")
     options = parser.parse_args()
-    machine = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {jax.local_device_count()} {jax.default_backend()} device(s)",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "optax": optax.__version__,
-    }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    where = machine()
     results = []
     for pair in pairs():
         if options.only in pair.name and (options.only or pair.target):
@@ -265,9 +234,7 @@ def main() -> None:
                 f"{result['ours_ms']} ms / {result['by_hand_ms']} ms; losses "
                 f"{'bit-equal' if result['bit_equal_loss'] else 'equal to 1e-4'}"
             )
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({**machine, "results": results}, file, indent=2)
+    write(options.json, {**where, "results": results})
 
 
 if __name__ == "__main__":

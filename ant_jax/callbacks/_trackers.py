@@ -11,7 +11,13 @@ import numpy as np
 
 from ant_jax._callback import Callback
 from ant_jax.callbacks._arguments import require
+from ant_jax.callbacks._background import is_borne
 from ant_jax.callbacks._records import recording
+
+
+# How often, and for how many seconds, MLflow tries a request again whose failure is borne. Its own defaults, 7 and 120,
+# are minutes for each, which is right where a failure ends the run.
+_SHORTER = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 
 
 def tensorboard(directory: str | os.PathLike[str], *, every: int | None = None, name: str = "tensorboard") -> Callback:
@@ -45,7 +51,9 @@ def wandb(
     """Log the scalars of the logs to Weights & Biases.
 
     On the host, in the background; ``wandb.init`` runs in ``on_train_begin``. A run that goes on goes on with the same
-    W&B run. With the environment variable ``WANDB_MODE=offline`` nothing leaves the machine.
+    W&B run. With the environment variable ``WANDB_MODE=offline`` nothing leaves the machine. Inside ``tolerate``
+    ``wandb.init`` waits 15 seconds for a server that is down, and not 90, unless the environment variable
+    ``WANDB_INIT_TIMEOUT`` or the argument ``settings`` is given.
 
     Args:
         project: where the run belongs.
@@ -78,8 +86,13 @@ def mlflow(
 ) -> Callback:
     """Log the scalars of the logs to MLflow.
 
-    On the host, in the background. A run that goes on goes on with the same MLflow run, which ends as ``FINISHED``,
-    ``FAILED`` or, after Ctrl-C, ``KILLED``.
+    On the host, in the background; the MLflow run is found or made in ``on_train_begin``, as its id is remembered from
+    then on. A run that goes on goes on with the same MLflow run, which ends as ``FINISHED``, ``FAILED`` or, after
+    Ctrl-C, ``KILLED``.
+
+    MLflow waits for minutes for a server that is down. Inside ``tolerate`` it does not: a request is tried three times,
+    for 5 seconds each, unless the environment variables ``MLFLOW_HTTP_REQUEST_MAX_RETRIES`` and
+    ``MLFLOW_HTTP_REQUEST_TIMEOUT`` say otherwise; those that do not are set while the run is under way.
 
     Args:
         experiment: where the run belongs; it is made if there is none of that name.
@@ -150,7 +163,9 @@ class _Wandb:
 
         del epoch, step
         known = {} if memory["run_id"] is None else {"id": memory["run_id"]}
-        self._run = wandb.init(**{**self._arguments, **known})
+        shorter = is_borne() and "WANDB_INIT_TIMEOUT" not in os.environ
+        settings = {"settings": {"init_timeout": 15}} if shorter else {}
+        self._run = wandb.init(**{**settings, **self._arguments, **known})
         return {"run_id": self._run.id}
 
     def write(self, record: Mapping[str, Any], epoch: int, step: int) -> None:
@@ -170,19 +185,24 @@ class _Mlflow:
         self._experiment, self._uri = experiment, tracking_uri
         self._client: Any = None
         self._run_id = ""
+        self._set: list[str] = []  # environment variables; in hooks alone, as another thread might read them meanwhile
 
     def open(self, memory: Any, epoch: int, step: int) -> Any:
         from mlflow.tracking import MlflowClient
 
         del epoch, step
-        self._client = MlflowClient(tracking_uri=self._uri)
-        if memory["run_id"] is None:
-            found = self._client.get_experiment_by_name(self._experiment)
-            experiment_id = self._client.create_experiment(self._experiment) if found is None else found.experiment_id
-            self._run_id = self._client.create_run(experiment_id).info.run_id
-        else:
-            self._run_id = memory["run_id"]
-            self._client.update_run(self._run_id, status="RUNNING")
+        if is_borne():
+            self._set = [variable for variable in _SHORTER if variable not in os.environ]
+            os.environ.update({variable: _SHORTER[variable] for variable in self._set})
+        try:
+            client = MlflowClient(tracking_uri=self._uri)
+            self._run_id = self._begun(client) if memory["run_id"] is None else memory["run_id"]
+            if memory["run_id"] is not None:
+                client.update_run(self._run_id, status="RUNNING")
+        except BaseException:
+            self._unset()
+            raise
+        self._client = client
         return {"run_id": self._run_id}
 
     def write(self, record: Mapping[str, Any], epoch: int, step: int) -> None:
@@ -197,8 +217,22 @@ class _Mlflow:
         if self._client is not None:
             interrupted = isinstance(error, KeyboardInterrupt)
             status = "FINISHED" if error is None else "KILLED" if interrupted else "FAILED"
-            self._client.set_terminated(self._run_id, status=status)
-            self._client = None
+            client, self._client = self._client, None
+            try:
+                client.set_terminated(self._run_id, status=status)
+            finally:
+                self._unset()
+
+    def _begun(self, client: Any) -> str:
+        """The id of a new run."""
+        found = client.get_experiment_by_name(self._experiment)
+        experiment_id = client.create_experiment(self._experiment) if found is None else found.experiment_id
+        return client.create_run(experiment_id).info.run_id
+
+    def _unset(self) -> None:
+        for variable in self._set:
+            os.environ.pop(variable, None)
+        self._set = []
 
 
 def _message(module: Any, name: str) -> Any:

@@ -1,6 +1,7 @@
 """Trackers, against the real packages: what was logged is read back."""
 
 import json
+import os
 import pathlib
 import struct
 from collections.abc import Iterator
@@ -57,6 +58,47 @@ def test_mlflow_reads_what_was_logged_and_a_run_goes_on(tmp_path, monkeypatch):
     assert client.get_run(state.callback_states["mlflow"]["run_id"]).info.status == "FAILED"
 
 
+@pytest.mark.parametrize("given", [{}, {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}])
+@pytest.mark.parametrize("tolerated", [False, True])
+def test_mlflow_waits_less_for_its_server_where_its_failures_are_borne(tolerated, given, tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    def settings() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_HTTP_REQUEST")}
+
+    def noting(name: str) -> None:
+        method = getattr(MlflowClient, name)
+        monkeypatch.setattr(MlflowClient, name, lambda *a, **k: (seen.append(settings()), method(*a, **k))[1])
+
+    seen: list[dict[str, str]] = []
+    for variable in settings():
+        monkeypatch.delenv(variable)
+    for variable, value in given.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    for name in ("get_experiment_by_name", "log_batch", "set_terminated"):
+        noting(name)
+    log = ant.callbacks.mlflow(tracking_uri=str(tmp_path))
+    fit(ant.callbacks.tolerate(log) if tolerated else log)
+    shorter = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    assert seen == [{**(shorter if tolerated else {}), **given}] * 4  # opened, two epochs, closed
+    assert settings() == given
+
+
+def test_a_server_that_cannot_be_reached_may_be_tolerated(monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # so that the test does not wait
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+    log = ant.callbacks.mlflow(tracking_uri="http://127.0.0.1:9", every=1)
+    state = fit(ant.callbacks.tolerate(log, failures=2), epochs=4)
+    assert state.epoch == 4 and state.callback_states["mlflow"] == {"run_id": None}
+    said = [record.getMessage().split(": ")[0] for record in caplog.records if record.name == "ant_jax"]
+    assert said == [
+        "callback 'mlflow' failed in on_train_begin (failure 1 of 2; the run goes on)",
+        "callback 'mlflow' failed in on_batch_end (failure 2 of 2; it is not called any more)",
+    ]
+    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
+
+
 @pytest.fixture
 def offline(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
     import wandb
@@ -108,6 +150,26 @@ def test_wandb_reads_what_was_logged_and_a_run_goes_on(offline):
     rows = wandb_rows(offline)
     assert [row["_step"] for row in rows] == [2, 4, 6, 8]
     assert [row["val_loss"] for row in rows if "val_loss" in row] == whole.history.to_dict()["val_loss"]
+
+
+def test_wandb_waits_less_for_its_server_where_its_failures_are_borne(monkeypatch):
+    import wandb
+
+    seen: list[Any] = []
+
+    def down(**arguments: Any) -> None:
+        seen.append(arguments.get("settings"))
+        raise OSError("down")
+
+    monkeypatch.setattr(wandb, "init", down)
+    monkeypatch.delenv("WANDB_INIT_TIMEOUT", raising=False)
+    fit(ant.callbacks.tolerate(ant.callbacks.wandb("digits")))
+    fit(ant.callbacks.tolerate(ant.callbacks.wandb("digits", settings={"init_timeout": 1}), failures=1))
+    with pytest.raises(OSError, match="down"):
+        fit(ant.callbacks.wandb("digits"))
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "60")
+    fit(ant.callbacks.tolerate(ant.callbacks.wandb("digits"), failures=1))
+    assert seen == [{"init_timeout": 15}] * 3 + [{"init_timeout": 1}, None, None]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])

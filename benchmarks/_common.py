@@ -1,0 +1,62 @@
+"""What the benchmarks share: a model, data, a clock, and the words for the machine."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import flax
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+
+
+T = TypeVar("T")
+
+STEPS, BATCH = 1000, 32  # of an epoch
+
+
+class MLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(nn.relu(nn.Dense(64)(x)))
+
+
+def data(steps: int, shape: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(steps * BATCH, *shape)).astype(np.float32)
+    return inputs, rng.integers(0, 10, steps * BATCH).astype(np.int32)
+
+
+def timed(function: Callable[[], T]) -> tuple[float, T]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def machine() -> dict[str, Any]:
+    """When and on what the figures were made; printed, too."""
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.local_device_count()} "
+        f"{jax.default_backend()} device(s)",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "optax": optax.__version__,
+    }
+    print(", ".join(f"{key} {value}" for key, value in found.items()))
+    return found
+
+
+def write(path: str | None, results: dict[str, Any]) -> None:
+    if path:
+        with open(path, "w") as file:
+            json.dump(results, file, indent=2)
+            file.write("\n")
