@@ -44,7 +44,7 @@ def batch_size_schedule(
     for start, size in sizes.items():
         check_count("batch_size_schedule", f"the {per} from which {size!r} holds", start, least=0)
         check_count("batch_size_schedule", f"sizes[{start}]", size, unit="examples")
-    plan = dict(sorted(sizes.items()))
+    plan = {int(start): int(size) for start, size in sorted(sizes.items())}
 
     def init(state: Any) -> Any:
         del state

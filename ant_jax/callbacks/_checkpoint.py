@@ -9,7 +9,15 @@ from typing import Any, Literal
 
 from ant_jax._callback import Callback
 from ant_jax._seal import CheckpointError
-from ant_jax.callbacks._arguments import check_choice, check_count, check_name, check_positive, refuse
+from ant_jax.callbacks._arguments import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_function,
+    check_name,
+    check_path,
+    check_positive,
+)
 from ant_jax.callbacks._printing import print_beside_bars
 
 
@@ -59,7 +67,8 @@ def checkpoint(
         A callback that saves the state.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range, or no path.
+        TypeError: ``clock`` is not a function without arguments.
         FileExistsError: when the run begins, if the directory holds later checkpoints than the state's step.
         CheckpointError: when the run begins, if something else is saving into the directory; while it goes on, if a
             checkpoint cannot be written.
@@ -72,21 +81,22 @@ def checkpoint(
     >>> checkpoint("runs/digits", monitor="val_loss")
     Callback(name='checkpoint', hooks=on_train_begin, on_checkpoint, on_train_end, on_exception)
     """
-    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
-        refuse("checkpoint", "directory", "a path", directory)
-    check_count("checkpoint", "every", every, unit="batches", optional=True)
-    check_count("checkpoint", "every_epochs", every_epochs, unit="epochs", optional=True)
+    check_path("checkpoint", "directory", directory)
+    every = check_count("checkpoint", "every", every, unit="batches", optional=True)
+    every_epochs = check_count("checkpoint", "every_epochs", every_epochs, unit="epochs", optional=True)
     if every_seconds is not None:
         check_positive("checkpoint", "every_seconds", every_seconds)
         if every is not None:
             raise ValueError(
                 f"checkpoint: give either every={every!r} batches or every_seconds={every_seconds!r}, not both"
             )
-    check_count("checkpoint", "keep", keep, unit="checkpoints")
-    check_count("checkpoint", "keep_best", keep_best, unit="checkpoints")
-    if monitor is not None:
-        check_name("checkpoint", "monitor", monitor)
+    keep = check_count("checkpoint", "keep", keep, unit="checkpoints")
+    keep_best = check_count("checkpoint", "keep_best", keep_best, unit="checkpoints")
+    check_name("checkpoint", "monitor", monitor, optional=True)
     check_choice("checkpoint", "mode", mode, "min", "max")
+    check_flag("checkpoint", "save_last", save_last)
+    check_flag("checkpoint", "allow_nonfinite", allow_nonfinite)
+    check_function("checkpoint", "clock", clock)
     opened: list[Any] = []  # the checkpointer of the run under way: a resource of the host, no part of the run's state
     saved_at = [0.0]  # when, by the clock
 

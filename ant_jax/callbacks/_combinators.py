@@ -13,7 +13,7 @@ import numpy as np
 from ant_jax._branches import run_if
 from ant_jax._callback import BATCH_HOOKS, HOOKS, STEP_HOOKS, Callback, HookFn, checked, hooks_of
 from ant_jax._judging import judged
-from ant_jax.callbacks._arguments import check_count
+from ant_jax.callbacks._arguments import check_count, check_function
 from ant_jax.callbacks._averages import evaluated_in
 from ant_jax.callbacks._background import bearing
 
@@ -102,8 +102,7 @@ def when(predicate: Callable[[Any, Any], Any], callback: Callback) -> Callback:
     >>> when(lambda state, logs: state.step < 1000, gradient_noise())
     Callback(name='gradient_noise', hooks=on_before_update)
     """
-    if not callable(predicate):
-        raise TypeError(f"when: predicate must be a function of (state, logs), got {predicate!r}")
+    check_function("when", "predicate", predicate, "state", "logs")
 
     def due(name: str, lead: Any, state: Any, logs: Any) -> Any:
         del lead

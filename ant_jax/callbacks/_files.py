@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ant_jax._callback import Callback
+from ant_jax.callbacks._arguments import check_path, refuse_taken
 from ant_jax.callbacks._background import replacing
 from ant_jax.callbacks._records import recording
 
@@ -37,11 +38,13 @@ def csv_log(path: str | os.PathLike[str], *, every: int | None = None, name: str
         A host callback. The columns are ``epoch``, ``step`` (batches trained on) and the logs.
 
     Raises:
-        ValueError: ``every`` is below 1.
+        ValueError: ``path`` is none of a file, or ``every`` is below 1; while training, if a log is named ``epoch`` or
+            ``step``.
 
     >>> csv_log("runs/digits.csv")
     Callback(name='csv_log', hooks=on_train_begin, on_epoch_end, on_train_end, on_exception)
     """
+    check_path("csv_log", "path", path, file=True)
     return recording("csv_log", name, _Table(pathlib.Path(path)), every, epochs=every is None)
 
 
@@ -61,11 +64,13 @@ def json_log(path: str | os.PathLike[str], *, every: int | None = None, name: st
         A host callback. Every object has ``epoch``, ``step`` (batches trained on) and the logs.
 
     Raises:
-        ValueError: ``every`` is below 1.
+        ValueError: ``path`` is none of a file, or ``every`` is below 1; while training, if a log is named ``epoch`` or
+            ``step``.
 
     >>> json_log("runs/digits.jsonl", every=100)
     Callback(name='json_log', hooks=on_train_begin, on_batch_end, on_epoch_end, on_train_end, on_exception)
     """
+    check_path("json_log", "path", path, file=True)
     return recording("json_log", name, _Lines(pathlib.Path(path)), every)
 
 
@@ -115,6 +120,7 @@ class _Lines(_File):
     """JSON lines."""
 
     def write(self, record: Mapping[str, Any], epoch: int, step: int) -> None:
+        refuse_taken("json_log", record, "epoch", "step")
         values = {log: _plain(np.asarray(value).tolist()) for log, value in record.items()}
         self._append(self._as_text([{"epoch": epoch, "step": step, **values}]))
 
@@ -133,6 +139,7 @@ class _Table(_File):
         self._columns: list[str] = []
 
     def write(self, record: Mapping[str, Any], epoch: int, step: int) -> None:
+        refuse_taken("csv_log", record, "epoch", "step")
         row = {"epoch": epoch, "step": step, **{log: value for log, value in record.items() if np.ndim(value) == 0}}
         if row.keys() <= set(self._columns):
             self._append(_as_csv(self._columns, [row]))

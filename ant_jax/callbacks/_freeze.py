@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from ant_jax._callback import Callback
 from ant_jax._trees import named_leaves
+from ant_jax.callbacks._arguments import check_function, refuse
 
 
 def freeze(filter: str | Iterable[str] | Callable[[str], bool], *, name: str = "freeze") -> Callback:
@@ -32,8 +33,8 @@ def freeze(filter: str | Iterable[str] | Callable[[str], bool], *, name: str = "
 
     Raises:
         TypeError: ``filter`` is something else.
-        ValueError: in ``Trainer.init``, when the function, or one of the patterns, matches no parameter; the message
-            lists the paths.
+        ValueError: a pattern is empty; or, in ``Trainer.init``, when the function, or one of the patterns, matches no
+            parameter; the message lists the paths.
 
     >>> freeze("encoder/*")
     Callback(name='freeze', hooks=on_backward_end, on_before_apply)
@@ -67,8 +68,11 @@ def freeze(filter: str | Iterable[str] | Callable[[str], bool], *, name: str = "
 def _matchers(filter: Any) -> dict[Any, Callable[[str], bool]]:
     """What was given, the function or each pattern, with what it says of a path."""
     if callable(filter):
+        check_function("freeze", "filter", filter, "path")
         return {filter: lambda path: bool(filter(path))}
     patterns = [filter] if isinstance(filter, str) else list(filter) if isinstance(filter, Iterable) else []
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"freeze: filter must be a pattern, patterns, or a function of a path, got {filter!r}")
+    if not all(patterns):
+        refuse("freeze", "filter", "a pattern that is not empty, or several", filter)
     return {pattern: functools.partial(fnmatch.fnmatchcase, pat=pattern) for pattern in patterns}

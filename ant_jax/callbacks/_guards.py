@@ -115,7 +115,7 @@ def skip_nonfinite(*, max_consecutive: int = 10, name: str = "skip_nonfinite") -
     >>> skip_nonfinite()
     Callback(name='skip_nonfinite', hooks=on_train_begin, on_backward_end, on_batch_end, on_epoch_end)
     """
-    check_count("skip_nonfinite", "max_consecutive", max_consecutive, unit="batches")
+    max_consecutive = check_count("skip_nonfinite", "max_consecutive", max_consecutive, unit="batches")
 
     def init(state: Any) -> Any:
         del state
@@ -197,8 +197,8 @@ def roll_back(*, every: int = 100, times: int = 3, name: str = "roll_back") -> C
     >>> roll_back(every=50)
     Callback(name='roll_back', hooks=on_train_begin, on_backward_end, on_batch_end, on_epoch_end)
     """
-    check_count("roll_back", "every", every, unit="batches")
-    check_count("roll_back", "times", times)
+    every = check_count("roll_back", "every", every, unit="batches")
+    times = check_count("roll_back", "times", times)
     fields = ("params", "model_state", "opt_state")
 
     def init(state: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ant_jax._callback import Callback
 from ant_jax._history import to_python
+from ant_jax.callbacks._arguments import check_count, check_function
 from ant_jax.callbacks._printing import print_beside_bars
 
 
@@ -37,12 +38,14 @@ def log_progress(
 
     Raises:
         ValueError: ``every`` is below 1.
+        TypeError: ``printer`` or ``clock`` is not a function of what it is called with.
 
     >>> log_progress(every=50).every is None
     True
     """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"log_progress: every must be a positive whole number of batches, got {every!r}")
+    every = check_count("log_progress", "every", every, unit="batches")
+    check_function("log_progress", "printer", printer, "line", optional=True)
+    check_function("log_progress", "clock", clock)
     lines = _Lines(every, clock, printer or print_beside_bars)  # no part of the run's state, so no memory keeps it
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from ant_jax._callback import Callback
-from ant_jax.callbacks._arguments import check_positive
+from ant_jax.callbacks._arguments import check_function, check_positive
 from ant_jax.callbacks._compile_time import CompileTime
 
 
@@ -64,6 +64,7 @@ def throughput(
 
     Raises:
         ValueError: ``peak_flops`` is not positive.
+        TypeError: ``clock`` is not a function without arguments.
 
     References:
         Chowdhery et al., PaLM: scaling language modeling with pathways, 2022, appendix B,
@@ -75,6 +76,7 @@ on_exception)
     """
     if peak_flops is not None:
         check_positive("throughput", "peak_flops", peak_flops)
+    check_function("throughput", "clock", clock)
     meters: list[_Meter] = []  # of the run under way: a resource of the host, no part of the run's state
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
@@ -177,9 +179,13 @@ def memory(*, reader: Callable[[Any], Mapping[str, int]] | None = None, name: st
     Returns:
         A host callback.
 
+    Raises:
+        TypeError: ``reader`` is not a function of a device.
+
     >>> memory()
     Callback(name='memory', hooks=on_epoch_end)
     """
+    check_function("memory", "reader", reader, "device", optional=True)
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         del epoch, trainer

@@ -9,7 +9,7 @@ from typing import Any
 
 from ant_jax._callback import Callback
 from ant_jax._history import History
-from ant_jax.callbacks._arguments import refuse, require
+from ant_jax.callbacks._arguments import check_name, check_path, refuse, require
 from ant_jax.callbacks._background import Writer, replacing
 
 
@@ -32,13 +32,16 @@ def plot_history(path: str | os.PathLike[str], *names: str, name: str = "plot_hi
 
     Raises:
         ImportError: the package ``matplotlib`` is not installed (the extra ``plot``).
-        ValueError: matplotlib writes no files with the suffix of ``path``.
+        ValueError: ``path`` is none of a file, or matplotlib writes no files with its suffix; a name is none.
         KeyError: after the first epoch, if there is no scalar of a name; the message lists those there are.
 
     >>> plot_history("runs/digits.png", "train_loss", "val_loss")
     Callback(name='plot_history', hooks=on_checkpoint, on_train_end, on_exception)
     """
     require("plot_history", "matplotlib", "plot")
+    check_path("plot_history", "path", path, file=True)
+    for number, log in enumerate(names):
+        check_name("plot_history", f"names[{number}]", log)
     target, writer = pathlib.Path(path), Writer()
     _check_suffix(target)
 

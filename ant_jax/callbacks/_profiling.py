@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from ant_jax._callback import Callback
-from ant_jax.callbacks._arguments import check_count
+from ant_jax.callbacks._arguments import check_count, check_function, check_path
 from ant_jax.callbacks._compile_time import CompileTime
 from ant_jax.callbacks._measures import memory_in_gib
 from ant_jax.callbacks._printing import print_beside_bars
@@ -40,15 +40,16 @@ def profile(
         A host callback. When the run ends and there were no such steps, it says so (logger ``ant_jax``, a warning).
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: ``directory`` is no path, or a number is out of range.
         RuntimeError: at the steps, when somebody else is tracing already.
 
     >>> profile("runs/digits", start=20, steps=5).every
     range(20, 25)
     """
-    check_count("profile", "start", start, least=0, unit="batches")
-    check_count("profile", "steps", steps, unit="batches")
-    check_count("profile", "epoch", epoch, least=0)
+    check_path("profile", "directory", directory)
+    start = check_count("profile", "start", start, least=0, unit="batches")
+    steps = check_count("profile", "steps", steps, unit="batches")
+    epoch = check_count("profile", "epoch", epoch, least=0)
     traces: list[str] = []  # the one under way: a resource of the host, no part of the run's state
     done: list[bool] = [False]  # in this run
 
@@ -129,11 +130,14 @@ def profile_steps(
 
     Raises:
         ValueError: ``every`` is below 1.
+        TypeError: ``printer`` or ``clock`` is not a function of what it is called with.
 
     >>> profile_steps(every=50).every
     50
     """
-    check_count("profile_steps", "every", every, unit="batches", optional=True)
+    every = check_count("profile_steps", "every", every, unit="batches", optional=True)
+    check_function("profile_steps", "printer", printer, "line", optional=True)
+    check_function("profile_steps", "clock", clock)
     tables: list[_Table] = []  # of the run under way: a resource of the host, no part of the run's state
 
     def begin(trainer: Any, state: Any) -> None:

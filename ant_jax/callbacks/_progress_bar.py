@@ -11,6 +11,7 @@ import numpy as np
 
 from ant_jax._callback import Callback
 from ant_jax._history import to_python
+from ant_jax.callbacks._arguments import check_function, refuse
 
 
 # Seconds between two drawings: of a bar on a screen, and of a line in a file or a pipe.
@@ -36,9 +37,16 @@ def progress_bar(
     Returns:
         A host callback; it keeps no memory.
 
+    Raises:
+        ValueError: ``file`` is no open text file.
+        TypeError: ``clock`` is not a function without arguments.
+
     >>> progress_bar().every is None
     True
     """
+    if file is not None and not all(callable(getattr(file, use, None)) for use in ("write", "flush", "isatty")):
+        refuse("progress_bar", "file", "an open text file, or None", file)
+    check_function("progress_bar", "clock", clock)
     bars: list[_Bar] = []  # the bar of the run under way: a resource of the host, no part of the run's state
 
     def bar_of(trainer: Any, state: Any) -> _Bar:

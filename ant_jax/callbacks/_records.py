@@ -47,7 +47,7 @@ def recording(
         memory: what the callback remembers before ``sink.open`` says more; ``None``: nothing.
         epochs: whether there is a record of every epoch.
     """
-    check_count(owner, "every", every, unit="batches", optional=True)
+    every = check_count(owner, "every", every, unit="batches", optional=True)
     writer = Writer()  # one for all runs, so that nothing of a run comes before the last task of one interrupted
     runs: list[_Run] = []  # the run under way: a resource of the host, no part of the run's state
 

@@ -7,9 +7,20 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ant_jax._callback import Callback
-from ant_jax.callbacks._arguments import check_choice, check_count, check_fraction, check_name, check_not_negative
+from ant_jax._hyperparams import HyperparamError
+from ant_jax._judging import is_number
+from ant_jax.callbacks._arguments import (
+    check_choice,
+    check_count,
+    check_fraction,
+    check_function,
+    check_name,
+    check_not_negative,
+    refuse,
+)
 
 
 def learning_rate_schedule(
@@ -41,8 +52,8 @@ def learning_rate_schedule(
         A callback that changes a hyper-parameter.
 
     Raises:
-        TypeError: ``schedule`` is not a function.
-        ValueError: ``per`` is neither.
+        TypeError: ``schedule`` is not a function of one argument.
+        ValueError: ``per`` is neither; per epoch, while training, if ``schedule`` returns no finite number.
         HyperparamError: in ``Trainer.init``, if the optimizer does not keep its learning rate in the state.
 
     References:
@@ -55,8 +66,7 @@ def learning_rate_schedule(
     >>> learning_rate_schedule(lambda epoch: 0.1 if epoch < 10 else 0.01, per="epoch")
     Callback(name='learning_rate_schedule', hooks=on_epoch_begin, on_epoch_end)
     """
-    if not callable(schedule):
-        raise TypeError(f"learning_rate_schedule: schedule must be a function of a count, got {schedule!r}")
+    check_function("learning_rate_schedule", "schedule", schedule, "count")
     check_choice("learning_rate_schedule", "per", per, "step", "epoch")
     check_name("learning_rate_schedule", "hyperparam", hyperparam)
 
@@ -64,6 +74,8 @@ def learning_rate_schedule(
         # optax's schedules are not written for jax_numpy_dtype_promotion="strict", which a user may have set.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             value = schedule(count)
+        if per == "epoch" and not _is_finite(value):
+            refuse("learning_rate_schedule", f"what schedule({count}) returns", "a finite number", value)
         return state.with_hyperparams(**{hyperparam: value})
 
     def init(state: Any) -> Any:
@@ -139,11 +151,11 @@ def reduce_on_plateau(
     check_name(owner, "monitor", monitor)
     check_name(owner, "hyperparam", hyperparam)
     check_fraction(owner, "factor", factor)
-    check_count(owner, "patience", patience, least=0, unit="epochs")
+    patience = check_count(owner, "patience", patience, least=0, unit="epochs")
     check_choice(owner, "mode", mode, "min", "max")
     check_not_negative(owner, "threshold", threshold)
     check_choice(owner, "threshold_mode", threshold_mode, "rel", "abs")
-    check_count(owner, "cooldown", cooldown, least=0, unit="epochs")
+    cooldown = check_count(owner, "cooldown", cooldown, least=0, unit="epochs")
     check_not_negative(owner, "min_value", min_value)
     check_not_negative(owner, "eps", eps)
     sign = 1.0 if mode == "min" else -1.0
@@ -189,15 +201,29 @@ def log_hyperparams(*names: str, name: str = "log_hyperparams") -> Callback:
         A callback that publishes each under its name.
 
     Raises:
-        HyperparamError: at the first batch, if there is none of a name.
+        ValueError: what is no name is given.
+        HyperparamError: at the first batch, if there is none of a name, or none at all.
 
     >>> log_hyperparams("learning_rate")
     Callback(name='log_hyperparams', hooks=on_batch_end)
     """
+    for number, hyperparam in enumerate(names):
+        check_name("log_hyperparams", f"names[{number}]", hyperparam)
 
     def on_batch_end(batch_idx: Any, trainer: Any, state: Any, logs: Any) -> Any:
         del batch_idx, trainer
         there = state.hyperparams
+        if not there:
+            raise HyperparamError(
+                "log_hyperparams: the state has no hyper-parameter to log. An optimizer keeps its numbers in the state "
+                "when it is made with optax.inject_hyperparams(optax.adam)(learning_rate=0.001) instead of "
+                "optax.adam(learning_rate=0.001), a callback when it is given ant_jax.Hyperparam(value) instead of "
+                "value"
+            )
         return state, {**logs, **{hyperparam: there[hyperparam] for hyperparam in names or there}}
 
     return Callback(name=name, traced=True, on_batch_end=on_batch_end)
+
+
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and not isinstance(value, bool) and bool(np.all(np.isfinite(np.asarray(value))))

@@ -9,6 +9,7 @@ import optax
 
 from ant_jax._callback import Callback
 from ant_jax._trees import named_leaves
+from ant_jax.callbacks._arguments import check_flag
 
 
 # A histogram counts the elements whose magnitude is in [2**e, 2**(e + 1)), for e from the first of these to the last;
@@ -62,11 +63,14 @@ def gradient_statistics(
         brings no update they are NaN and not part of the epoch's mean.
 
     Raises:
+        ValueError: ``per_layer`` or ``histograms`` is no bool.
         ValueError: in the first step, if another callback has published one of these logs.
 
     >>> gradient_statistics()
     Callback(name='gradient_statistics', hooks=on_before_update, on_before_apply)
     """
+    check_flag("gradient_statistics", "per_layer", per_layer)
+    check_flag("gradient_statistics", "histograms", histograms)
     prefix = "" if name == "gradient_statistics" else f"{name}/"
 
     def norms(kind: str, tree: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from ant_jax.callbacks._arguments import (
     check_choice,
     check_count,
     check_finite,
+    check_flag,
+    check_function,
     check_name,
     check_not_negative,
     check_positive,
@@ -72,12 +74,13 @@ def early_stopping(
     Callback(name='early_stopping', hooks=on_epoch_end, on_train_end)
     """
     check_name("early_stopping", "monitor", monitor)
-    check_count("early_stopping", "patience", patience, unit="epochs")
+    patience = check_count("early_stopping", "patience", patience, unit="epochs")
     check_not_negative("early_stopping", "min_delta", min_delta)
     check_choice("early_stopping", "mode", mode, "min", "max")
     if baseline is not None:
         check_finite("early_stopping", "baseline", baseline)
-    check_count("early_stopping", "start_epoch", start_epoch, least=0)
+    start_epoch = check_count("early_stopping", "start_epoch", start_epoch, least=0)
+    check_flag("early_stopping", "restore_best", restore_best)
     sign = 1.0 if mode == "min" else -1.0
     nothing = sign * math.inf
 
@@ -199,12 +202,14 @@ def time_limit(
 
     Raises:
         ValueError: ``seconds`` is not positive.
+        TypeError: ``clock`` is not a function without arguments.
 
     >>> time_limit(datetime.timedelta(hours=8))
     Callback(name='time_limit', hooks=on_train_begin, on_batch_end, on_epoch_end)
     """
     limit = seconds.total_seconds() if isinstance(seconds, datetime.timedelta) else seconds
     check_positive("time_limit", "seconds", limit)
+    check_function("time_limit", "clock", clock)
     counted: dict[str, Any] = {}  # when, and in which run, time was last counted: facts about this process
 
     def init(state: Any) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import posixpath
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ant_jax._callback import Callback
-from ant_jax.callbacks._arguments import require
+from ant_jax.callbacks._arguments import check_name, check_path, refuse_taken, require
 from ant_jax.callbacks._background import is_borne
 from ant_jax.callbacks._records import recording
 
@@ -36,12 +39,13 @@ def tensorboard(directory: str | os.PathLike[str], *, every: int | None = None, 
 
     Raises:
         ImportError: the package ``tensorboard`` is not installed (the extra ``tensorboard``).
-        ValueError: ``every`` is below 1.
+        ValueError: ``directory`` is no path, or ``every`` is below 1.
 
     >>> tensorboard("runs/digits", every=100).every
     100
     """
     require("tensorboard", "tensorboard", "tensorboard")
+    check_path("tensorboard", "directory", directory)
     return recording("tensorboard", name, _Events(os.fspath(directory)), every)
 
 
@@ -67,12 +71,16 @@ def wandb(
 
     Raises:
         ImportError: the package ``wandb`` is not installed (the extra ``wandb``).
-        ValueError: ``every`` is below 1.
+        ValueError: ``project`` is no name, ``wandb.init`` has no such argument, or ``every`` is below 1; while
+            training, if a log is named ``epoch``.
 
     >>> wandb("digits", every=100, tags=["baseline"]).every
     100
     """
     require("wandb", "wandb", "wandb")
+    check_name("wandb", "project", project, optional=True)
+    if init_arguments:
+        _check_init_arguments(init_arguments)
     sink = _Wandb({"project": project, "resume": "allow", **init_arguments})
     return recording("wandb", name, sink, every, memory={"run_id": None})
 
@@ -94,6 +102,8 @@ def mlflow(
     for 5 seconds each, unless the environment variables ``MLFLOW_HTTP_REQUEST_MAX_RETRIES`` and
     ``MLFLOW_HTTP_REQUEST_TIMEOUT`` say otherwise; those that do not are set while the run is under way.
 
+    In the names of logs, what MLflow does not take, such as the brackets of ``a[b]``, becomes ``_``.
+
     Args:
         experiment: where the run belongs; it is made if there is none of that name.
         tracking_uri: of the server or the store; ``None``: MLflow's own default, or ``MLFLOW_TRACKING_URI``.
@@ -105,12 +115,14 @@ def mlflow(
 
     Raises:
         ImportError: the package ``mlflow`` or ``mlflow-skinny`` is not installed (the extra ``mlflow``).
-        ValueError: ``every`` is below 1.
+        ValueError: ``experiment`` is no name, ``tracking_uri`` no string, or ``every`` is below 1.
 
     >>> mlflow("digits", every=100).every
     100
     """
     require("mlflow", "mlflow", "mlflow")
+    check_name("mlflow", "experiment", experiment)
+    check_name("mlflow", "tracking_uri", tracking_uri, kind="a URI", optional=True)
     return recording("mlflow", name, _Mlflow(experiment, tracking_uri), every, memory={"run_id": None})
 
 
@@ -169,6 +181,7 @@ class _Wandb:
         return {"run_id": self._run.id}
 
     def write(self, record: Mapping[str, Any], epoch: int, step: int) -> None:
+        refuse_taken("wandb", record, "epoch")
         # W&B takes one row a step; the last batches of an epoch and the epoch share theirs.
         self._run.log({"epoch": epoch, **_scalars(record)}, step=step)
 
@@ -210,7 +223,7 @@ class _Mlflow:
 
         del epoch
         now = int(1000 * time.time())
-        metrics = [Metric(log, value, now, step) for log, value in _scalars(record).items()]
+        metrics = [Metric(_mlflow_name(log), value, now, step) for log, value in _scalars(record).items()]
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def close(self, error: BaseException | None) -> None:
@@ -233,6 +246,28 @@ class _Mlflow:
         for variable in self._set:
             os.environ.pop(variable, None)
         self._set = []
+
+
+def _check_init_arguments(given: Mapping[str, Any]) -> None:
+    import wandb
+
+    known = inspect.signature(wandb.init).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    for argument, value in given.items():
+        if argument not in known:
+            raise ValueError(
+                f"wandb: wandb.init has no argument {argument!r} (given: {value!r}); it has {', '.join(known)}"
+            )
+
+
+def _mlflow_name(log: str) -> str:
+    """The name of a log as MLflow takes it: letters, digits and ``_-. /``, and a path that is not rewritten."""
+    name = re.sub(r"[^/\w.\- ]", "_", log)
+    if posixpath.normpath(name) == name and not name.startswith(("..", "/")) and name != ".":
+        return name
+    name = "/".join("_" if part in ("", ".", "..") else part for part in name.split("/"))
+    return re.sub(r"^\.\.", "__", name)
 
 
 def _message(module: Any, name: str) -> Any:

@@ -10,7 +10,7 @@ import optax
 
 from ant_jax._callback import Callback
 from ant_jax._hyperparams import Hyperparam
-from ant_jax.callbacks._arguments import check_count, check_fraction, number
+from ant_jax.callbacks._arguments import check_count, check_flag, check_fraction, number
 from ant_jax.callbacks._averages import evaluated_in
 
 
@@ -48,6 +48,7 @@ def ema(decay: float | Hyperparam = 0.999, *, evaluate: bool = False, name: str 
     Callback(name='ema', hooks=on_before_apply, on_batch_end, on_evaluate_begin, on_evaluate_end)
     """
     check_fraction("ema", "decay", number(decay))
+    check_flag("ema", "evaluate", evaluate)
     changing = isinstance(decay, Hyperparam)
 
     def init(state: Any) -> Any:
@@ -100,7 +101,8 @@ def swa(start_epoch: int, *, evaluate: bool = False, name: str = "swa") -> Callb
     >>> swa(start_epoch=15)
     Callback(name='swa', hooks=on_epoch_end)
     """
-    check_count("swa", "start_epoch", start_epoch, least=0)
+    start_epoch = check_count("swa", "start_epoch", start_epoch, least=0)
+    check_flag("swa", "evaluate", evaluate)
 
     def init(state: Any) -> Any:
         return {"average": state.params, "count": jnp.int32(0), **_swapped(name, evaluate, state)}

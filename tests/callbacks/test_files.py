@@ -294,3 +294,14 @@ def test_a_directory_that_cannot_be_written_is_an_error_at_the_beginning(tmp_pat
 def test_refuses(kind, every):
     with pytest.raises(ValueError, match=f"{kind}_log: every must be a whole number of batches.*got {every}"):
         FACTORIES[kind]("log", every=every)
+
+
+@pytest.mark.parametrize("kind", ["csv_log", "json_log"])
+@pytest.mark.parametrize("column", ["epoch", "step"])
+def test_a_log_with_the_name_of_a_column_is_refused(kind, column, tmp_path):
+    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        return state, {**logs, column: 7}
+
+    publishing = ant.Callback(name="publishing", on_epoch_end=on_epoch_end)
+    with pytest.raises(ValueError, match=f"{kind}: a callback published a log named '{column}'"):
+        fit(publishing, getattr(ant.callbacks, kind)(tmp_path / "log"))

@@ -79,7 +79,7 @@ def test_evaluation_after_a_run_that_failed_prints_nothing_of_it():
 
 
 def test_refuses():
-    with pytest.raises(ValueError, match="log_progress: every must be a positive whole number of batches, got 0"):
+    with pytest.raises(ValueError, match="log_progress: every must be a whole number of batches, at least 1, got 0"):
         ant.callbacks.log_progress(0)
 
 

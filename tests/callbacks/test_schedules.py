@@ -334,6 +334,23 @@ def test_logging_an_unknown_hyperparameter_raises_at_the_first_batch():
         a_trainer.fit(a_trainer.init(batches()[0]), batches(1), 1)
 
 
+def test_logging_all_hyperparameters_where_there_are_none_says_what_to_write():
+    a_trainer = trainer(ant.callbacks.log_hyperparams())
+    with pytest.raises(
+        ant.HyperparamError, match=r"log_hyperparams: the state has no hyper-parameter to log. .*inject_hyperparams"
+    ):
+        a_trainer.fit(a_trainer.init(batches()[0]), batches(1), 1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), np.float32(np.inf), jnp.float32(jnp.nan), "0.1", None, True])
+def test_what_a_schedule_per_epoch_returns_is_refused_at_that_epoch(bad):
+    schedule = ant.callbacks.learning_rate_schedule(lambda epoch: 0.1 if epoch < 1 else bad, per="epoch")
+    a_trainer = trainer(schedule, optimizer=injected_sgd())
+    with pytest.raises(ValueError, match="learning_rate_schedule: what schedule.1. returns must be") as caught:
+        a_trainer.fit(a_trainer.init(batches()[0]), batches(1), 3)
+    assert str(caught.value).endswith(f"a finite number, got {bad!r}")
+
+
 NUMBERS = [float("nan"), float("inf"), True, "1", None, [0.1], ant.Hyperparam(0.1)]
 
 
@@ -362,7 +379,7 @@ def test_plateaus_refuse(argument, values, allowed):
 def test_schedules_refuse():
     factory: Any = ant.callbacks.learning_rate_schedule
     for bad in (0.1, None, "cosine"):
-        with pytest.raises(TypeError, match=f"schedule must be a function of a count, got {bad!r}"):
+        with pytest.raises(TypeError, match=f"schedule must be a function of \\(count\\), got {bad!r}"):
             factory(bad)
     with pytest.raises(ValueError, match="per must be 'step' or 'epoch', got 'batch'"):
         factory(lambda count: 0.1, per="batch")

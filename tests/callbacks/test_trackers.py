@@ -99,6 +99,22 @@ def test_a_server_that_cannot_be_reached_may_be_tolerated(monkeypatch, caplog):
     assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
 
 
+def test_mlflow_is_given_names_that_it_takes(tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = str(tmp_path / "mlruns")
+    names = {"a[b]": "a_b_", "c//d": "c/_/d", "../e": "_/e", "..f": "__f", "/g": "_/g", "h/": "h/_", "i.j k": "i.j k"}
+
+    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        return state, {**logs, **dict.fromkeys(names, 7.0)}
+
+    publishing = ant.Callback(name="publishing", on_epoch_end=on_epoch_end)
+    state = fit(publishing, ant.callbacks.mlflow("digits", tracking_uri=uri), epochs=1)
+    logged = MlflowClient(uri).get_run(state.callback_states["mlflow"]["run_id"]).data.metrics
+    assert logged.keys() >= set(names.values())
+
+
 @pytest.fixture
 def offline(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
     import wandb
