@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Never
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
@@ -212,7 +214,7 @@ def _check(callback: Callback) -> None:
 def _is_interval(every: Any) -> bool:
     if isinstance(every, range):
         return every.step == 1 and 0 <= every.start < every.stop
-    return isinstance(every, int) and not isinstance(every, bool) and every >= 1
+    return isinstance(every, int | np.integer) and not isinstance(every, bool) and every >= 1
 
 
 def _check_parameters(callback: Callback, hook: str, function: HookFn) -> None:

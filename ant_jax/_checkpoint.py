@@ -37,6 +37,8 @@ _logger = logging.getLogger("ant_jax")
 
 # Steps are directories "step_120": a stray directory of another name is no checkpoint.
 PREFIX = "step"
+# What a checkpoint is called whose step has got a later one, until that is written.
+SUPERSEDED = ".superseded"
 # No save takes longer, unless something hangs; then an error is better than silence.
 TIMEOUT_SECONDS = 600
 # The fields of a state where neither a NaN nor an infinity may be; an optimizer may well start from an infinity.
@@ -76,6 +78,7 @@ class Checkpointer:
         self._keep, self._keep_best, self._mode = keep, keep_best, mode
         self._allow_nonfinite = allow_nonfinite
         self._saving: tuple[int, int] | None = None  # step and bytes of the save that is under way
+        self._abandoned = False
         self._held: Any = None  # its arrays: Orbax reads them while the run goes on
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -85,7 +88,10 @@ class Checkpointer:
         self._lock = DirectoryLock(self.directory)
         try:
             self._set_junk_aside()
-            self._metrics = {step: self._metric_of(step) for step in steps_in(self.directory)} if mode else {}
+            self._metrics: dict[int, float] = {}
+            self._moments: dict[int, tuple[int, int]] = {}
+            for step in steps_in(self.directory):
+                self._look_at(step)
             self._manager = _Manager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
@@ -143,8 +149,9 @@ class Checkpointer:
             NonFiniteError: the save before this one was of a state with numbers that are not finite.
         """
         self.wait()
-        step = int(state.step)
-        if self.steps and step <= self.steps[-1]:
+        step, moment = int(state.step), _moment(state)
+        replaces = step == self.latest_step and moment > self._moments.get(step, moment)
+        if self.steps and step <= self.steps[-1] and not replaces:
             raise FileExistsError(
                 f"{self.directory} has checkpoints of steps {', '.join(map(str, self.steps))}, and the state to save "
                 f"is at step {step}; save another run into another directory"
@@ -155,6 +162,10 @@ class Checkpointer:
                 f"since the run began"
             )
         arrays, host = taken(state, self._device_names)
+        if replaces:  # set aside until the new one is there
+            path_of(self.directory, step).rename(self.directory / f"{PREFIX}_{step}{SUPERSEDED}")
+            self._manager.reload()
+        self._moments[step] = moment
         # Orbax refuses arrays without elements.
         empty = [(keys, np.asarray(leaf)) for keys, leaf in arrays.items() if leaf.size == 0]
         arrays = {keys: leaf for keys, leaf in arrays.items() if leaf.size > 0}
@@ -188,18 +199,32 @@ class Checkpointer:
             self._manager.wait_until_finished()
         except Exception as error:
             self._fail(error)
+        except BaseException:  # Ctrl-C: nobody waits any more
+            self._abandoned = True
+            raise
         self._saving = None
+        for path in self.directory.glob(f"*{SUPERSEDED}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def has(self, state: TrainState) -> bool:
+        """Whether the newest checkpoint is of this very moment: an epoch ends at the step of its last batch."""
+        step = int(state.step)
+        return step == self.latest_step and self._moments.get(step) == _moment(state)
 
     def _let_go(self) -> None:
         self._held = None
 
     def close(self) -> None:
-        """Wait, and give everything back."""
+        """Wait, and give everything back; does not wait once Ctrl-C has ended a wait."""
         try:
-            self.wait()
+            if not self._abandoned:
+                self.wait()
         finally:
-            self._manager.close()
-            self._lock.release()
+            try:
+                if not self._abandoned:
+                    self._manager.close()
+            finally:
+                self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -212,8 +237,13 @@ class Checkpointer:
         step, size = self._saving or (-1, 0)
         self._saving = self._held = None
         self._metrics.pop(step, None)
+        self._moments.pop(step, None)
         for left in self.directory.glob(f"{PREFIX}_{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(left, ignore_errors=True)
+        superseded = self.directory / f"{PREFIX}_{step}{SUPERSEDED}"
+        if superseded.exists():
+            superseded.rename(path_of(self.directory, step))
+            self._look_at(step)
         good = steps_in(self.directory)
         with_room = ""
         if self.directory.is_dir():
@@ -235,12 +265,15 @@ class Checkpointer:
             if re.fullmatch(rf"{PREFIX}_\d+", path.name) and path.name not in steps:
                 _logger.warning("%s is no checkpoint; it is renamed to %s", path, _set_aside(path).name)
 
-    def _metric_of(self, step: int) -> float:
+    def _look_at(self, step: int) -> None:
+        """Note the metric and the moment of a checkpoint that is there."""
         try:
-            metric = decoded(_description_of(path_of(self.directory, step))["metric"])
-        except (Damage, OSError):
-            return math.nan
-        return math.nan if metric is None else metric
+            description = _description_of(path_of(self.directory, step))
+        except (Damage, FileNotFoundError):
+            return
+        metric, fields = decoded(description["metric"]), decoded(description["fields"])
+        self._metrics[step] = math.nan if metric is None else metric
+        self._moments[step] = fields["epoch"], fields["batch_idx"]
 
     def _ranked(self, steps: Sequence[int]) -> list[int]:
         """The steps that have a finite metric, the best first; of equals the oldest."""
@@ -252,6 +285,10 @@ class Checkpointer:
     def _kept(self, steps: Sequence[int]) -> set[int]:
         newest = steps if self._keep is None else sorted(steps)[-self._keep :]
         return {*newest, *(self._ranked(steps)[: self._keep_best] if self._mode else ())}
+
+
+def _moment(state: TrainState) -> tuple[int, int]:
+    return state.epoch, state.batch_idx
 
 
 class _Manager(ocp.CheckpointManager):
@@ -362,12 +399,20 @@ def read(directory: str | os.PathLike[str], step: int | None = None) -> Snapshot
         host = _description_of(path)
         snapshot = read_back({}, host)
         return snapshot._replace(arrays=_arrays_of(path, host["arrays"]) | dict(snapshot.host["empty"]))
-    except (StateMismatch, PermissionError, MemoryError):
+    except (StateMismatch, MemoryError):
         raise
+    except OSError as error:  # which may be over the next time, and says nothing of the checkpoint
+        if not isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+            raise
+        raise _corrupt(directory, step, steps, error) from error
     except Exception as error:  # Orbax's are of many unrelated types
-        others = ", ".join(str(other) for other in steps if other != step)
-        sound = f"; the other checkpoints there are of steps {others}" if others else ""
-        raise CheckpointCorrupt(directory, step, _in_short(error), sound) from error
+        raise _corrupt(directory, step, steps, error) from error
+
+
+def _corrupt(directory: pathlib.Path, step: int, steps: Sequence[int], error: Exception) -> CheckpointCorrupt:
+    others = ", ".join(str(other) for other in steps if other != step)
+    sound = f"; the other checkpoints there are of steps {others}" if others else ""
+    return CheckpointCorrupt(directory, step, _in_short(error), sound)
 
 
 def _description_of(path: pathlib.Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 import time
@@ -84,6 +85,10 @@ class Feed:
     ):
         self._loader, self._name, self._epoch, self._limit = loader, name, epoch, limit
         self._start, self._position = start, position
+        if limit is not None and start > limit:
+            raise BatchError(f"{name}: {start} batches of epoch {epoch} are done, more than steps_per_epoch={limit}")
+        if start == limit:
+            raise NoBatches(self._nothing())
         self._iterator: Any = None  # the loader's, if it can tell where it is
         if isinstance(loader, ArrayLoader):
             batches = loader.batches(epoch, position)
@@ -124,7 +129,8 @@ class Feed:
         return iterator
 
     def _where(self) -> Any:
-        return None if self._iterator is None else self._iterator.get_state()
+        # A copy: an iterator may go on with the very object that it gives.
+        return None if self._iterator is None else copy.deepcopy(self._iterator.get_state())
 
     @property
     def length(self) -> int | None:

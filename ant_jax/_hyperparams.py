@@ -57,6 +57,13 @@ def changeable(opt_state: PyTree, callback_states: Mapping[str, Any]) -> dict[st
     return {name: np.asarray(place.value).tolist() for name, place in places.items() if not place.scheduled}
 
 
+def carried(opt_state: PyTree, like: PyTree) -> PyTree:
+    """Return an optimizer state with the hyper-parameters of another one, but for those that a schedule sets."""
+    places = _places(like, {}).values()
+    replaced = {(place.path, place.name): place.value for place in places if not place.scheduled}
+    return _rewritten(opt_state, "", replaced) if replaced else opt_state
+
+
 def written(
     opt_state: PyTree, callback_states: Mapping[str, Any], values: Mapping[str, Any], like: Callable[[Any, Any], Any]
 ) -> tuple[PyTree, dict[str, Any]]:

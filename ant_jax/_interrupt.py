@@ -33,6 +33,12 @@ class Interrupts:
         self._noted: signal.Signals | None = None
         self._installed: dict[signal.Signals, object] = {}
         self._checks = 0
+        self._outer: Interrupts | None = None  # those of the run in whose hook this run is
+
+    @property
+    def terminating(self) -> bool:
+        """Whether the process was asked to terminate."""
+        return self._noted == signal.SIGTERM
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -46,6 +52,8 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             expected = {}
         self._noted = None
+        owner = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+        self._outer = owner if isinstance(owner, Interrupts) else None
         self._installed = {number: old for number, old in expected.items() if signal.getsignal(number) is old}
         for number in self._installed:
             signal.signal(number, self._note)
@@ -63,7 +71,9 @@ class Interrupts:
             KeyboardInterrupt: Ctrl-C was pressed.
             SystemExit: the process was asked to terminate.
         """
-        if jax.distributed.is_initialized() and self._noted is None:
+        if self._outer is not None:
+            self._outer.check()
+        elif jax.distributed.is_initialized() and self._noted is None:
             self._checks += 1
             if multihost_utils.reached_preemption_sync_point(self._checks):
                 self._noted = signal.SIGTERM

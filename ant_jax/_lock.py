@@ -59,6 +59,8 @@ class DirectoryLock:
 
     def release(self) -> None:
         """Let others have it; the file stays, since removing it would let two writers lock two files."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             self._file.truncate(0)
+            if fcntl is not None:  # closing is not enough where a child process has inherited the file
+                fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()

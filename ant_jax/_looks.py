@@ -63,10 +63,11 @@ class Look:
             batch_idx: where the run goes on.
             windows: those that were open there, by the callback's name; ``None``, if nobody kept them.
         """
-        if windows is not None and self.callback.name in windows:
-            window = windows[self.callback.name]
-            self.open, self._published = True, window.published
-            self._launches.append(_Passed(window))
+        if windows is not None:
+            window = windows.get(self.callback.name)
+            if window is not None:
+                self.open, self._published = True, window.published
+                self._launches.append(_Passed(window))
         elif isinstance(self.every, range):
             self.open = self.every.start < batch_idx < self.every.stop
         else:

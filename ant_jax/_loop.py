@@ -51,7 +51,7 @@ from ant_jax._engine import (
 )
 from ant_jax._events import Events
 from ant_jax._feed import Ahead, Chunk, Feed
-from ant_jax._interrupt import Interrupts
+from ant_jax._interrupt import TERMINATED, Interrupts
 from ant_jax._live import Live
 from ant_jax._logs import Logs
 from ant_jax._looks import Look
@@ -70,7 +70,7 @@ class Loop:
         trainer: what host hooks are given.
         events: its callbacks.
         programs: its compiled programs.
-        state: to begin with.
+        state: to begin with; inside an epoch that has been asked to stop, what is open is closed, and no more.
         train_loader: any iterable of batches.
         val_loader: the same, or ``None``.
         steps_per_epoch: batches in an epoch, or ``None`` when the loader ends.
@@ -96,7 +96,7 @@ class Loop:
         # What the first epoch takes up, where the run goes on.
         self._open_windows, self._loader_position = host.windows, host.loader
         self._loader_state = host.loader
-        self._live = Live(state.replace(stop=False, host=_without_places(host)), events.device_names)
+        self._live = Live(state.replace(host=_without_places(host)), events.device_names)
         self._interrupts = Interrupts()
         self._looks: list[Look] = []
 
@@ -107,9 +107,13 @@ class Loop:
                 self._train()
             except BaseException as error:
                 state = self._state()
-                self._events.tell(error, self._trainer, state)
-                if not self._live.lost:
-                    _hand_over(error, state)
+                try:
+                    self._events.tell(error, self._trainer, state)
+                finally:
+                    if not self._live.lost:
+                        _hand_over(error, state)
+                if self._interrupts.terminating and not isinstance(error, SystemExit):
+                    raise SystemExit(TERMINATED) from error
                 raise
             state = self._state()
             try:
@@ -123,7 +127,7 @@ class Loop:
         live = self._live
         opening = self._hook("on_train_begin", None, {})
         closing: Mapping[str, Any] = {}
-        while live.host.epoch < self._run.num_epochs and not live.stop:
+        while live.host.epoch < self._run.num_epochs and (not live.stop or live.host.batch_idx > 0):
             closing = self._epoch(live.host.epoch)
         self._hook("on_train_end", None, {**opening, **closing})
 
@@ -180,6 +184,9 @@ class Loop:
         live = self._live
         self._looks = looks = [Look(*watcher) for watcher in self._events.watchers]
         program = None
+        if live.stop and live.host.batch_idx % self._window == 0:  # the run goes on where its batches were over
+            self._run.whole = True
+            return self._epoch_means()
         while True:  # over stretches of batches of one size
             self._resize()
             try:

@@ -379,7 +379,8 @@ class Trainer:
                 where the last epoch left it, any other iterable starts again.
             resume: a directory that a ``checkpoint`` callback saves into. If it has a checkpoint, the run goes on from
                 the newest sound one, instead of ``state``; a damaged one is renamed, with a warning. If it has none,
-                the run begins with ``state``. So the same command, started again, goes on. One line says which.
+                the run begins with ``state``. So the same command, started again, goes on; of a run that is over, only
+            ``on_train_begin`` and ``on_train_end`` come once more. One line says which.
 
         Where a run goes on inside an epoch, an ``ArrayLoader`` takes up its position; a loader whose iterator has
         ``get_state`` and ``set_state``, as Grain's have, is put where it was (an iterator that is given itself, also
@@ -401,11 +402,10 @@ class Trainer:
         if steps_per_epoch is not None:
             _check_count("steps_per_epoch", steps_per_epoch)
         self._states.check(state)
+        loaders = train_loader, val_loader, steps_per_epoch
         if resume is not None:
             state = self._resumed(resume, state, train_loader)
-            if state.stop:
-                print_beside_bars(f"the run was asked to stop, and has: nothing to do after epoch {state.epoch}")
-                return state, state.history
+            return self._go_on(state, num_epochs, *loaders)
         if num_epochs <= state.epoch:
             _logger.warning(
                 "fit: nothing to do: the state has done %d epochs and num_epochs is %d, which counts from the very "
@@ -414,7 +414,16 @@ class Trainer:
                 num_epochs,
             )
             return state, state.history
-        epochs = num_epochs - state.epoch
+        return self._go_on(state.replace(stop=False), num_epochs, *loaders)
+
+    def _go_on(
+        self, state: TrainState, num_epochs: int, train_loader: Any, val_loader: Any, steps_per_epoch: int | None
+    ) -> tuple[TrainState, History]:
+        """Do what is left of a run; of one that is over, its end, which it may not have come to."""
+        over = state.epoch >= num_epochs or (state.stop and state.batch_idx == 0)
+        if over:
+            print_beside_bars(f"the run is over after epoch {state.epoch}; nothing is trained")
+        epochs = 0 if over else num_epochs - state.epoch
         refuse_bad_length(train_loader, "train_loader", epochs, steps_per_epoch)
         refuse_bad_length(val_loader, "val_loader", epochs)
         running = copy.copy(self)

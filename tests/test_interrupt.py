@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import optax
 import pytest
 from problems import BATCH, assert_bit_equal, batches, data, host, leaves_of, trainer
 
@@ -166,6 +167,84 @@ def test_whenever_it_comes_the_run_goes_on_to_the_same_end(moment, time, tmp_pat
         ended, again = (state, state.history) if state.epoch == 2 else alone.fit(state, batches(4), 2, batches(2))
         assert_bit_equal(ended, whole)
         assert again == history
+
+
+@pytest.mark.parametrize("loader", ["array", "list", "limited"])
+def test_in_an_evaluation_it_leaves_no_half_of_an_epoch(loader, tmp_path):
+    """The end of the epoch has the step of its last batch, and takes the place of what was saved there."""
+    made = {"array": ant.ArrayLoader(data(6 * BATCH), BATCH), "list": batches(6), "limited": batches(6)}
+    given: Any = {"steps_per_epoch": 4} if loader != "list" else {}
+    stopping = ant.callbacks.early_stopping("val_loss", patience=9, restore_best=True)
+
+    def run(*more: ant.Callback, **options: Any) -> Any:
+        a_trainer = trainer(COUNT, stopping, *more, optimizer=optax.sgd(2.0))
+        return a_trainer.fit(a_trainer.init(batches()[0]), made[loader], 2, batches(3), **given, **options)
+
+    whole, history = run()
+    pressed = Pressed("on_evaluate_begin", 2)
+    saving = ant.callbacks.checkpoint(tmp_path, monitor="val_loss")
+    with pytest.raises(KeyboardInterrupt):
+        run(pressed.callback(), saving, resume=tmp_path)
+    for _ in range(2):  # the second time the run is over, and ends once more
+        ended, again = run(saving, resume=tmp_path)
+        assert_bit_equal(ended, whole)
+        assert again == history
+    reading = trainer(COUNT, stopping)
+    last = reading.restore(tmp_path)
+    assert (last.epoch, last.batch_idx, len(last.history)) == (2, 0, 2)
+    with reading.checkpointer(tmp_path, mode="min") as saved:
+        best = min(range(2), key=lambda epoch: history[epoch]["val_loss"])
+        assert saved.best_step == saved.steps[best]
+    assert not list(tmp_path.glob("*superseded*"))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_run_that_was_asked_to_stop_still_closes_what_is_open(accumulation, tmp_path):
+    def ask(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        return state.request_stop(when=int(state.step) == 4), logs
+
+    def run(*more: ant.Callback, **options: Any) -> Any:
+        a_trainer = trainer(host("ask", on_batch_end=ask), *more, gradient_accumulation_steps=accumulation)
+        return a_trainer.fit(a_trainer.init(batches()[0]), batches(8), 3, batches(2), **options)
+
+    whole, history = run()
+    assert len(history) == 1
+    pressed = Pressed("on_batch_end" if accumulation > 1 else "on_evaluate_begin", 4 if accumulation > 1 else 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(pressed.callback(), ant.callbacks.checkpoint(tmp_path, every=1), resume=tmp_path)
+    ended, again = run(ant.callbacks.checkpoint(tmp_path, every=1), resume=tmp_path)
+    assert_bit_equal(ended, whole)
+    assert again == history
+
+
+def test_sigterm_ends_the_process_though_a_hook_fails_meanwhile():
+    def fail(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        raise ValueError("on purpose")
+
+    a_trainer = trainer(host("fail", on_batch_end=fail))
+    with pytest.raises(SystemExit) as raised:
+        a_trainer.fit(a_trainer.init(batches()[0]), batches(3), 1)
+    assert raised.value.code == 143 and isinstance(raised.value.__cause__, ValueError)
+
+
+def test_a_run_inside_a_hook_ends_with_the_outer_one():
+    inner_batches: list[int] = []
+
+    def look(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        inner_batches.append(batch_idx)
+        if batch_idx == 1:
+            signal.raise_signal(signal.SIGINT)
+        return state, logs
+
+    def run_another(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        inner.fit(inner.init(batches()[0]), batches(9), 1)
+        return state, logs
+
+    inner, outer = trainer(host("look", on_batch_end=look)), trainer(host("another", on_epoch_end=run_another))
+    with pytest.raises(KeyboardInterrupt):
+        outer.fit(outer.init(batches()[0]), batches(3), 1)
+    assert inner_batches == [0, 1]
 
 
 JOB = """

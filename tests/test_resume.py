@@ -5,6 +5,7 @@ import logging
 import pathlib
 import random
 import shutil
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -141,6 +142,42 @@ def test_a_loader_with_a_state_is_put_where_it_was(fuse):
         assert endless.puts == i + 1  # where the run goes on, and not at every epoch
 
 
+class Reusing:
+    """An iterator whose state is one object that it changes."""
+
+    def __init__(self) -> None:
+        self._state = {"next": 0}
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        self._state["next"] += 1
+        return batches(12)[(self._state["next"] - 1) % 12]
+
+    def get_state(self) -> Any:
+        return self._state
+
+    def set_state(self, state: Any) -> None:
+        self._state["next"] = state["next"]
+
+
+def test_an_iterator_may_give_the_state_that_it_goes_on_with():
+    a_trainer = trainer()
+    testing.check_resume(a_trainer, Reusing(), 2, state=a_trainer.init(batches(1)[0]), steps_per_epoch=5)
+
+
+def test_fewer_steps_per_epoch_than_are_done_are_refused():
+    def fail(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        raise RuntimeError("on purpose")
+
+    a_trainer = trainer(host("fail", every=4, on_batch_end=fail))
+    with pytest.raises(RuntimeError, match="on purpose") as raised:
+        a_trainer.fit(a_trainer.init(batches(1)[0]), batches(6), 1)
+    with pytest.raises(ant.BatchError, match="4 batches of epoch 0 are done, more than steps_per_epoch=3"):
+        trainer().fit(raised.value.train_state, batches(6), 1, steps_per_epoch=3)  # type: ignore[attr-defined]
+
+
 class Reiterable:
     """Neither a list nor a loader that can be put at a position."""
 
@@ -253,7 +290,7 @@ def test_a_run_that_stopped_by_itself_is_over_too(tmp_path, capsys):
     first = command()
     assert first.epoch == 1 and first.stop
     assert_bit_equal(command(), first)
-    assert "the run was asked to stop, and has: nothing to do after epoch 1" in capsys.readouterr().out
+    assert "the run is over after epoch 1; nothing is trained" in capsys.readouterr().out
 
 
 def test_numbers_that_the_code_has_changed_win_over_those_of_the_file(tmp_path, caplog):
@@ -566,6 +603,24 @@ def test_a_run_whose_parameters_are_not_finite_ends_at_the_next_save(tmp_path, c
     assert not steps_in(tmp_path)
 
 
+def test_going_back_leaves_hyperparameters_as_they_are():
+    def change(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        return (state.with_hyperparams(learning_rate=0.125) if batch_idx == 2 else state), logs
+
+    a_trainer = trainer(library.roll_back(), host("change", on_batch_end=change), optimizer=plateau())
+    start = a_trainer.init(batches(1)[0])
+    loader = batches(6)
+    loader[4] = (loader[4][0] * np.float32("nan"), loader[4][1])
+    state, history = a_trainer.fit(start, loader, 1)
+    assert history[0]["roll_backs"] == 1
+    assert float(state.hyperparams["learning_rate"]) == 0.125
+    assert set(state.hyperparams) == set(start.hyperparams) and not any(
+        "roll_back" in name for name in start.hyperparams
+    )
+    with pytest.raises(ant.NonFiniteError, match="once more after the run had gone back 3 times"):
+        a_trainer.fit(start, [loader[4]] * 5, 1)
+
+
 # --- saving that fails
 
 
@@ -611,6 +666,35 @@ def test_a_run_may_go_on_without_checkpoints_that_fail(tmp_path, monkeypatch, ca
     assert state.epoch == 2
     assert "no space is left on the device" in caplog.text
     assert not steps_in(tmp_path)
+
+
+def test_what_cannot_be_read_just_now_is_not_called_damaged(tmp_path, monkeypatch):
+    from ant_jax import _checkpoint
+
+    a_trainer = trainer()
+    state = a_trainer.init(batches(1)[0])
+    a_trainer.save(tmp_path, state)
+
+    def failing(path: Any, restore_args: Any = None) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(_checkpoint, "read_arrays", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        a_trainer.restore(tmp_path, fall_back=True)
+    assert steps_in(tmp_path) == [0]
+
+
+def test_a_child_process_does_not_keep_the_directory(tmp_path):
+    a_trainer = trainer()
+    state = a_trainer.init(batches(1)[0])
+    with a_trainer.checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(state)
+        sleeper = subprocess.Popen(["sleep", "30"], pass_fds=[checkpointer._lock._file.fileno()])
+    try:
+        a_trainer.checkpointer(tmp_path).close()
+    finally:
+        sleeper.kill()
+        sleeper.wait()
 
 
 def test_a_directory_that_vanishes_is_noticed(tmp_path):

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
+
 from ant_jax._callback import Callback
 from ant_jax._seal import CheckpointError
 from ant_jax.callbacks._arguments import (
@@ -135,11 +137,18 @@ def checkpoint(
         else:
             due |= every is not None
         if due:
-            save(checkpointer, state, logs[monitor] if monitor is not None and at_epoch_end else None)
+            save(checkpointer, state, metric_in(logs) if at_epoch_end else None)
         return state, logs
 
+    def metric_in(logs: Any) -> float | None:
+        if monitor is None:
+            return None
+        if np.ndim(logs[monitor]) > 0:
+            raise ValueError(f"checkpoint: monitor={monitor!r} is an array of shape {np.shape(logs[monitor])}")
+        return float(logs[monitor])
+
     def save(checkpointer: Any, state: Any, metric: Any = None) -> None:
-        if int(state.step) != checkpointer.latest_step:  # the same where the run went on from, or ends
+        if not checkpointer.has(state):  # where the run went on from, or ends, it may be there
             checkpointer.save(state, metric)
         saved_at[0] = clock()
 

@@ -95,6 +95,8 @@ def when(predicate: Callable[[Any, Any], Any], callback: Callback) -> Callback:
     Returns:
         The callback, run where the condition holds.
 
+    ``on_train_end`` and ``on_exception``, where a callback closes what it has open, are always run.
+
     Raises:
         TypeError: ``predicate`` is not a function or ``callback`` no callback.
 
@@ -106,6 +108,8 @@ def when(predicate: Callable[[Any, Any], Any], callback: Callback) -> Callback:
 
     def due(name: str, lead: Any, state: Any, logs: Any) -> Any:
         del lead
+        if name in ("on_train_end", "on_exception"):
+            return True
         holds = predicate(state, logs)
         if name == "on_evaluate_end":  # an average must not stay in the place of the parameters
             for memory in evaluated_in(state.callback_states.get(callback.name)):

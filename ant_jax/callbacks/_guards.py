@@ -10,6 +10,7 @@ import numpy as np
 
 from ant_jax._callback import Callback
 from ant_jax._finite import NonFiniteError
+from ant_jax._hyperparams import carried
 from ant_jax._trees import named_leaves
 from ant_jax.callbacks._arguments import check_count
 
@@ -172,15 +173,17 @@ def roll_back(*, every: int = 100, times: int = 3, name: str = "roll_back") -> C
     Inside the step, in ``on_backward_end``, it looks at the parameters, the model state, the loss and the gradients, as
     the callbacks before it left these. Every so many batches, where all are finite, it keeps parameters, model state
     and optimizer state. At a bad batch these take the place of the present ones; the batch counts for nothing, as with
-    :func:`skip_nonfinite`, and an accumulation window that is open is emptied. Data, ``state.step`` and the other
-    callbacks' memories do not go back: the same batches from the same parameters would lead to the same number.
+    :func:`skip_nonfinite`, and an accumulation window that is open is emptied. Data, ``state.step``, hyper-parameters
+    and the other callbacks' memories do not go back: the same batches from the same parameters would lead to the same
+    number. (A ``checkpoint`` that comes between an update that spoils parameters and the batch after it refuses them,
+    and ends the run: let it save rarely, or inside ``tolerate``.)
 
     Args:
         every: batches between one keeping and the next. It costs memory for a second set of parameters and optimizer
             state, and so much of each checkpoint.
         times: how many times a run may go back; one that must once more ends with an error.
         name: of the callback. Its memory is ``{"kept": {"params", "model_state", "opt_state"}, "times": int32
-            scalar}``, the latter how many times it has gone back so far.
+            scalar}``, the optimizer state as its leaves, the latter how many times it has gone back so far.
 
     Returns:
         A callback that publishes ``step_skipped`` at every batch, 1 where it went back, and ``roll_backs`` at the end
@@ -199,10 +202,14 @@ def roll_back(*, every: int = 100, times: int = 3, name: str = "roll_back") -> C
     """
     every = check_count("roll_back", "every", every, unit="batches")
     times = check_count("roll_back", "times", times)
-    fields = ("params", "model_state", "opt_state")
 
     def init(state: Any) -> Any:
-        return {"kept": {field: getattr(state, field) for field in fields}, "times": jnp.int32(0)}
+        return {"kept": worth_keeping(state), "times": jnp.int32(0)}
+
+    def worth_keeping(state: Any) -> Any:
+        # The leaves alone: hyper-parameters are to be found in the optimizer's own state, and nowhere else.
+        leaves = jax.tree.leaves(state.opt_state)
+        return {"params": state.params, "model_state": state.model_state, "opt_state": leaves}
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
@@ -216,8 +223,7 @@ def roll_back(*, every: int = 100, times: int = 3, name: str = "roll_back") -> C
         memory = state.callback_states[name]
         leaves = jax.tree.leaves((logs["loss"], state.params, state.model_state, grads))
         bad = jnp.any(_bad([leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]))
-        now = {field: getattr(state, field) for field in fields}
-        kept = memory["kept"]
+        now, kept = worth_keeping(state), memory["kept"]
         due = ~bad & (state.step % every == 0)
         gone_back = jax.lax.cond(bad, lambda: kept, lambda: now)
         memory = {
@@ -230,7 +236,9 @@ def roll_back(*, every: int = 100, times: int = 3, name: str = "roll_back") -> C
                 examples=jnp.where(bad, 0, state.accumulator.examples),
             )
             state = state.replace(accumulator=emptied)
-        state = state.replace(**gone_back).with_callback_state(name, memory)
+        opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), gone_back["opt_state"])
+        state = state.replace(**{**gone_back, "opt_state": carried(opt_state, state.opt_state)})
+        state = state.with_callback_state(name, memory)
         return state.skip_batch(when=bad).request_stop(when=memory["times"] > times), grads, logs
 
     def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:

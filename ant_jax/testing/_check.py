@@ -14,10 +14,11 @@ import jax.numpy as jnp
 
 from ant_jax._callback import BATCH_HOOKS, HOOKS, HOST_HOOKS, STEP_HOOKS, Callback, hooks_of
 from ant_jax._judging import judged
-from ant_jax._logs import Logs
+from ant_jax._logs import Logs, UnknownLog
 from ant_jax._state import TrainState
 from ant_jax._trainer import Trainer
 from ant_jax.testing._compare import CallbackFault, as_text, bytes_of, described, difference, host_memories
+from ant_jax.testing._effects import changed_reach, files_and_connections, reach
 from ant_jax.testing._problem import Problem, problem
 
 
@@ -27,11 +28,12 @@ EPOCHS = 3
 def check_callback(make: Callable[[], Callback], *, twice: bool = True, **options: Any) -> None:
     """Check that a callback keeps the promises that the library's own keep, by training a tiny problem with it.
 
-    Its traced hooks give the same program whenever they are traced, without side effects and leaked tracers; every hook
-    returns what went in, in the same form, and changes nothing in place; its memory survives saving and restoring; a
-    run that goes on from the end of any epoch ends like the one that was not interrupted, a second run with the same
-    trainer like the first, and one with a launch a step like a fused one, all to the bit; and nothing is compiled after
-    the first epoch.
+    Its traced hooks give the same program whenever they are traced, without leaked tracers and side effects: output,
+    files opened for writing, connections, and changes of what a hook refers to (its closure, ``self``, the globals that
+    it names). Every hook, ``on_exception`` included, returns what went in, in the same form, and changes nothing in
+    place; its memory survives saving and restoring; a run that goes on from the end of any epoch, or from within one,
+    ends like the one that was not interrupted, a second run with the same trainer like the first, and one with a launch
+    a step like a fused one, all to the bit; and nothing is compiled after the first epoch.
 
     Args:
         make: makes the callback. Each call must give one that shares nothing with the others; what is written should go
@@ -75,6 +77,7 @@ def check_callback(make: Callable[[], Callback], *, twice: bool = True, **option
             _check_same(
                 callback, whole, again, "a second run with the same trainer", "the callback keeps what it must not"
             )
+    _check_exception(make, callback, options)
     _check_resume_and_fusion(make, callback, whole, moments.states, twice, options)
 
 
@@ -91,14 +94,62 @@ class _Moments:
         def on_checkpoint(trainer: Any, state: Any, logs: Any) -> Any:
             del trainer
             on_host = host_memories(state)
-            # Copies: an array that somebody refers to would be copied by the trainer, which compiles the copying.
-            copied = jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, state)
-            self.states.append(copied.replace(callback_states={**copied.callback_states, **on_host}))
+            self.states.append(_copied(state, on_host))
             self.memories.append(copy.deepcopy(on_host))
             self.counts.append(len(self.compiled))
             return state, logs
 
         return Callback(name="moments", on_checkpoint=on_checkpoint)
+
+
+def _copied(state: TrainState, on_host: dict[str, Any]) -> TrainState:
+    """A copy: an array that somebody refers to would be copied by the trainer, which compiles the copying."""
+    copied = jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, state)
+    return copied.replace(callback_states={**copied.callback_states, **on_host})
+
+
+def _midway(states: list[TrainState]) -> Callback:
+    """A callback that keeps the states in the middle of epochs."""
+
+    def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        del batch_idx, trainer
+        return state, logs
+
+    def on_checkpoint(trainer: Any, state: Any, logs: Any) -> Any:
+        del trainer
+        if state.batch_idx:
+            states.append(_copied(state, copy.deepcopy(host_memories(state))))
+        return state, logs
+
+    return Callback(name="midway", every=3, on_batch_end=on_batch_end, on_checkpoint=on_checkpoint)
+
+
+class _Planned(Exception):
+    """Ends a run, to see what callbacks make of that."""
+
+
+def _check_exception(make: Callable[[], Callback], callback: Callback, options: Any) -> None:
+    """End a run with an exception, before anything is compiled: its failure at that hides no other, and is a note."""
+    if "on_exception" not in hooks_of(callback):
+        return
+
+    def on_epoch_begin(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        raise _Planned
+
+    fails = Callback(name="fails", on_epoch_begin=on_epoch_begin)
+    tiny = problem(make(), fails, **{**options, "fuse": True})
+    try:
+        tiny.trainer.fit(tiny.state, tiny.train_loader, EPOCHS, tiny.val_loader)
+    except _Planned as error:
+        for note in error.__notes__:
+            _refuse(
+                note.startswith(f"on_exception of callback {callback.name!r}"),
+                callback,
+                f"a run that fails ends with another failure: {note}",
+                "on_exception",
+            )
+    except Exception as error:
+        raise CallbackFault(f"callback {callback.name!r}: training with it fails: {error}") from error
 
 
 def _trained(callback: Callback, tiny: Problem, state: TrainState | None = None) -> TrainState:
@@ -137,21 +188,26 @@ def _check_trace(
 
         return jax.make_jaxpr(traced)(lead, given, known)
 
-    printed = io.StringIO()
+    printed, before = io.StringIO(), reach(hook)
     try:
-        with jax.checking_leaks(), contextlib.redirect_stdout(printed):
+        with jax.checking_leaks(), contextlib.redirect_stdout(printed), files_and_connections() as opened:
             first, second = trace(), trace()
-    except KeyError:  # a log that only another callback, or another problem, has
+    except UnknownLog:  # a log that only another callback, or another problem, has
         return
     except Exception as error:
         leaked = "leaked" in str(error).lower()
-        fault = "it leaks a tracer; keep it in the state" if leaked else error
+        shown = repr(error) if isinstance(error, KeyError) else error  # whose text is a name alone
+        fault = "it leaks a tracer; keep it in the state" if leaked else shown
         raise CallbackFault(f"callback {callback.name!r}, {name}: {fault}") from error
     _refuse(bool(printed.getvalue()), callback, "it prints while it is traced: once, and not at every step", name)
     _refuse(bool(first.effects), callback, "it has a side effect in compiled code; publish a log instead", name)
     different = str(first) != str(second) or list(map(bytes_of, first.consts)) != list(map(bytes_of, second.consts))
     why = "it depends on something outside its arguments (a counter, a clock, numpy's random numbers)"
     _refuse(different, callback, f"traced twice it gives two programs: {why}; keep it in the memory", name)
+    once = "while it is traced: once, and not at every step"
+    _refuse(bool(opened), callback, f"it {', '.join(dict.fromkeys(opened))} {once}; publish a log instead", name)
+    changed = changed_reach(before, reach(hook))
+    _refuse(bool(changed), callback, f"it changes {changed} {once}; keep it in the memory", name)
 
 
 def _check_compilations_of_epochs(callback: Callback, moments: _Moments) -> None:
@@ -176,30 +232,46 @@ def _check_resume_and_fusion(
     twice: bool,
     options: Any,
 ) -> None:
-    """Go on from the end of every epoch, with a new callback and a launch a step; the first time through a file."""
+    """Go on from the end of every epoch and from within one, with a new callback and a launch a step.
 
-    def stepwise() -> Problem:
-        return problem(make(), _Moments().callback(), **{**options, "fuse": False})
+    The first time through a file. A run that has ended in its first epoch is done again instead.
+    """
+    midway: list[TrainState] = []
 
-    tiny = stepwise()
-    for place, state in enumerate(states):
-        if state.stop or state.epoch == EPOCHS:
-            continue
+    def stepwise(*others: Callback) -> Problem:
+        return problem(make(), _Moments().callback(), *others, **{**options, "fuse": False})
+
+    def going_on(place: str, differs: str) -> CallbackFault:
+        return CallbackFault(
+            f"callback {callback.name!r}: a run that goes on from {place} ends otherwise than one that was not "
+            f"interrupted: {differs}. What it must remember belongs in state.callback_states[{callback.name!r}], made "
+            f"by init(state), and nowhere else"
+        )
+
+    tiny, end = stepwise(_midway(midway)), whole
+    ends = [state for state in states if not state.stop and state.epoch < EPOCHS]
+    for place, state in enumerate(ends):
         if place == 0:
             state = _saved_and_restored(callback, tiny, state)
         elif not twice:
             tiny = stepwise()
-        differs = difference(whole, _trained(callback, tiny, state))
+        end = _trained(callback, tiny, state)
+        differs = difference(whole, end)
         if differs:
-            _check_same(
-                *(callback, whole, _trained(callback, stepwise()), "a run with a launch a step"),
-                "it depends on how many steps a launch has",
-            )
-            raise CallbackFault(
-                f"callback {callback.name!r}: a run that goes on from the end of epoch {place} ends otherwise than one "
-                f"that was not interrupted: {differs}. What it must remember belongs in "
-                f"state.callback_states[{callback.name!r}], made by init(state), and nowhere else"
-            )
+            _check_same(callback, whole, _trained(callback, stepwise()), *_UNFUSED)
+            raise going_on(f"the end of epoch {state.epoch - 1}", differs)
+    if not ends:
+        end = _trained(callback, tiny)
+        if twice:
+            _check_same(callback, whole, end, *_UNFUSED)
+    if midway:
+        state = midway[0]
+        differs = difference(end, _trained(callback, stepwise(_midway([])), state))
+        if differs:
+            raise going_on(f"batch {state.batch_idx} of epoch {state.epoch}", differs)
+
+
+_UNFUSED = ("a run with a launch a step", "it depends on how many steps a launch has")
 
 
 def _saved_and_restored(callback: Callback, tiny: Problem, state: TrainState) -> TrainState:

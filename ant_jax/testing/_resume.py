@@ -63,8 +63,7 @@ def check_resume(
                 raise ValueError(f"check_resume: the run has no step {step!r}; its steps are {saved[0]} to {saved[-1]}")
             restored = trainer.restore(directory, step, like=state)
             place = f"step {step} (epoch {restored.epoch}, batch {restored.batch_idx})"
-            over = restored.stop or restored.epoch >= num_epochs
-            end = restored if over else trainer.fit(restored, train_loader, num_epochs, **loaders)[0]
+            end, _ = trainer._go_on(restored, num_epochs, train_loader, val_loader, steps_per_epoch)
             differs = difference(whole, end)
             if differs:
                 raise ResumeFault(

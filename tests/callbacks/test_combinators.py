@@ -537,3 +537,9 @@ def test_what_misses_the_beginning_of_the_run_begins_later(tmp_path, capsys):
     assert state.callback_states["time_limit"]["seconds"] < 60
     assert "val" not in lines.getvalue() and lines.getvalue()
     assert len(list(tmp_path.glob("step_*"))) == 3
+
+
+def test_what_is_open_is_closed_though_the_condition_no_longer_holds(tmp_path):
+    early = library.when(lambda state, logs: state.epoch < 1, library.checkpoint(tmp_path))
+    fitted(early, epochs=3)
+    trainer().checkpointer(tmp_path).close()  # nobody holds it

@@ -1,6 +1,10 @@
 """Every kind of wrong callback is caught, and its fault is named."""
 
+import contextlib
 import dataclasses
+import io
+import socket
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -114,6 +118,93 @@ def debugging(state: Any, grads: Any, logs: Any) -> Any:
     return state, grads, logs
 
 
+def silent_counter_in_the_closure() -> ant.Callback:
+    calls = 0
+
+    def on_backward_end(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return state, grads, logs
+
+    return ant.Callback(name="bad", on_backward_end=on_backward_end)
+
+
+@dataclasses.dataclass(frozen=True)
+class ListInSelf(ant.Callback):
+    name = "bad"
+    names: list[str] = dataclasses.field(default_factory=list)
+
+    def on_backward_end(self, batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+        self.names.extend(logs)
+        return state, grads, logs
+
+
+TOTALS = {"traces": 0}
+
+
+def counting_in_a_global(state: Any, grads: Any, logs: Any) -> Any:
+    TOTALS["traces"] += 1
+    return state, grads, logs
+
+
+def writing_a_file(state: Any, grads: Any, logs: Any) -> Any:
+    with open(f"{tempfile.gettempdir()}/traced.txt", "a"):
+        return state, grads, logs
+
+
+def writing_into_an_open_file() -> ant.Callback:
+    file = io.StringIO()
+
+    def on_backward_end(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+        file.write("a batch")
+        return state, grads, logs
+
+    return ant.Callback(name="bad", on_backward_end=on_backward_end)
+
+
+def connecting(state: Any, grads: Any, logs: Any) -> Any:
+    with socket.socket() as one, contextlib.suppress(OSError):
+        one.connect(("127.0.0.1", 9))
+    return state, grads, logs
+
+
+def failing_at_the_exception() -> ant.Callback:
+    return ant.Callback(name="bad", on_exception=lambda exception, trainer, state, logs: None)  # pyright: ignore
+
+
+def counting_the_batches(stop: bool = False) -> Callable[[], ant.Callback]:
+    """Counts the batches of an epoch outside of the state, into the parameters; perhaps it ends the run there."""
+
+    def make() -> ant.Callback:
+        count = [0]
+
+        def on_epoch_begin(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+            count[0] = 0
+            return state, logs
+
+        def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+            count[0] += 1
+            return state, logs
+
+        def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+            state = state.replace(params=scaled(state.params, np.float32(1 / (1 + count[0]))))
+            return state.request_stop(when=stop), logs
+
+        hooks = {"on_epoch_begin": on_epoch_begin, "on_batch_end": on_batch_end, "on_epoch_end": on_epoch_end}
+        return ant.Callback(name="bad", **hooks)
+
+    return make
+
+
+def launches_of_a_run_that_stops() -> ant.Callback:
+    """Asks the trainer how many steps a launch has, and ends the run in its first epoch."""
+
+    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        return state.replace(params=scaled(state.params, np.float32(0.5 if trainer.fuse else 1))).request_stop(), logs
+
+    return ant.Callback(name="bad", on_epoch_end=on_epoch_end)
+
+
 WRONG: dict[str, tuple[Callable[[], ant.Callback], str]] = {
     "a counter in the closure": (counter_in_the_closure, "on_backward_end: traced twice it gives two programs"),
     "a clock": (
@@ -125,6 +216,38 @@ WRONG: dict[str, tuple[Callable[[], ant.Callback], str]] = {
         "traced twice it gives two programs: .*numpy's random numbers",
     ),
     "a leaked tracer": (tracer_in_a_list, "on_backward_end: it leaks a tracer"),
+    "a silent counter in the closure": (
+        silent_counter_in_the_closure,
+        "on_backward_end: it changes calls while it is traced",
+    ),
+    "a list in self": (ListInSelf, "on_backward_end: it changes self.names while it is traced"),
+    "a counter in a global": (
+        gradient_hook(counting_in_a_global),
+        r"on_backward_end: it changes TOTALS\['traces'\] while it is traced",
+    ),
+    "a file": (
+        gradient_hook(writing_a_file),
+        "on_backward_end: it opens '.*traced.txt' for writing while it is traced",
+    ),
+    "an open file": (writing_into_an_open_file, "on_backward_end: it changes file while it is traced"),
+    "a connection": (gradient_hook(connecting), "on_backward_end: it connects to .'127.0.0.1', 9. while it is traced"),
+    "a KeyError": (
+        gradient_hook(lambda state, grads, logs: (state, {"dense": grads["dens"]}, logs)),
+        "on_backward_end: KeyError.'dens'",
+    ),
+    "on_exception that returns nothing": (
+        failing_at_the_exception,
+        "on_exception: a run that fails ends with another failure: .*on_exception returned None",
+    ),
+    "batches counted in the closure": (
+        counting_the_batches(),
+        "a run that goes on from batch 3 of epoch 1 ends otherwise",
+    ),
+    "batches counted in the closure of a run that stops": (
+        counting_the_batches(stop=True),
+        "a run that goes on from batch 3 of epoch 0 ends otherwise",
+    ),
+    "launches of a run that stops": (launches_of_a_run_that_stops, "a run with a launch a step ends otherwise"),
     "a print": (gradient_hook(printing), "on_backward_end: it prints while it is traced"),
     "a side effect": (gradient_hook(debugging), "it has a side effect in compiled code"),
     "nothing returned": (gradient_hook(lambda state, grads, logs: None), "on_backward_end returned None"),

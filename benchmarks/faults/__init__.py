@@ -1,0 +1,1 @@
+"""The long version of the fault table: every fault is made for real, and what comes out is compared to the bit."""
