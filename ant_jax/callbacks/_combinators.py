@@ -7,12 +7,14 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from ant_jax._branches import run_if
 from ant_jax._callback import BATCH_HOOKS, HOOKS, STEP_HOOKS, Callback, HookFn, checked, hooks_of
 from ant_jax._judging import judged
 from ant_jax.callbacks._arguments import check_count, check_function
+from ant_jax.callbacks._averages import evaluated_in
 from ant_jax.callbacks._background import bearing
 
 
@@ -86,16 +88,14 @@ def when(predicate: Callable[[Any, Any], Any], callback: Callback) -> Callback:
         predicate: ``predicate(state, logs)``, asked before every hook: a bool, or for a traced hook a boolean scalar
             made of the state's arrays (``state.step < 1000``) and the logs. A traced hook is then left out at run time,
             and a log that it publishes is NaN.
-        callback: which one; the result keeps its name and its memory.
+        callback: which one; the result keeps its name and its memory. Parameters whose place an average has taken for
+            an evaluation, ``ema(evaluate=True)``, come back at its end, whatever holds by then; what else a callback
+            opens in one hook and closes in another stays open where the condition holds for the first alone.
 
     Returns:
         The callback, run where the condition holds.
 
     ``on_train_end`` and ``on_exception``, where a callback closes what it has open, are always run.
-
-    What a callback opens in one hook and closes in another stays open where the condition holds for the first alone:
-    with ``ema(evaluate=True)``, which changes the parameters at the beginning of an evaluation and back at its end, it
-    must hold for both or for neither.
 
     Raises:
         TypeError: ``predicate`` is not a function or ``callback`` no callback.
@@ -108,7 +108,13 @@ def when(predicate: Callable[[Any, Any], Any], callback: Callback) -> Callback:
 
     def due(name: str, lead: Any, state: Any, logs: Any) -> Any:
         del lead
-        return name in ("on_train_end", "on_exception") or predicate(state, logs)
+        if name in ("on_train_end", "on_exception"):
+            return True
+        holds = predicate(state, logs)
+        if name == "on_evaluate_end":  # an average must not stay in the place of the parameters
+            for memory in evaluated_in(state.callback_states.get(callback.name)):
+                holds = jnp.logical_or(holds, memory["swapped"])
+        return holds
 
     return _wrapped(callback, {name: _if(due, name, hook) for name, hook in _hooks_of("when", callback).items()})
 

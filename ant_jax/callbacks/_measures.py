@@ -87,19 +87,25 @@ on_exception)
 
     def on_epoch_begin(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         del epoch, trainer
-        for meter in meters:
-            meter.begin(state)
+        if meters:
+            meters[0].begin(state)
+        else:  # a combinator has left out the beginning of the run
+            meters.append(_Meter(clock, state))
         return state, logs
+
+    def of_epoch(state: Any) -> list[_Meter]:
+        """The meter, unless it has not seen this epoch begin."""
+        return [meter for meter in meters if meter.epoch == state.epoch]
 
     def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
-        for meter in meters:
+        for meter in of_epoch(state):
             meter.end(state)
         return state, logs
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         del epoch
-        for meter in meters:
+        for meter in of_epoch(state):
             meter.end(state)
             jax.block_until_ready([*logs.values()])  # or what is left of the evaluation would count in the next epoch
             logs = {**logs, "examples_per_second": meter.rate}
@@ -145,7 +151,7 @@ class _Meter:
 
     def begin(self, state: Any) -> None:
         self._began, self._compiled, self._examples = self._clock(), self.compiling.seconds, state.examples
-        self._ended = False
+        self.epoch, self._ended = state.epoch, False
 
     def end(self, state: Any) -> None:
         if self._ended:  # before the evaluation

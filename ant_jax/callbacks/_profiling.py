@@ -61,6 +61,7 @@ def profile(
     def on_batch_begin(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
         del batch_idx, trainer
         if state.epoch == epoch:
+            close()  # of a run whose last hooks a combinator has left out
             jax.block_until_ready(state.params)
             jax.profiler.start_trace(os.fspath(directory))
             traces.append(os.fspath(directory))
@@ -71,16 +72,17 @@ def profile(
         if traces:
             jax.block_until_ready(state.params)
             close()
-            done[0] = True
         return state, logs
 
     def close() -> None:
         while traces:
             traces.pop()
             jax.profiler.stop_trace()
+            done[0] = True
 
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
+        close()  # where a combinator has left out the end of the steps
         if not done[0]:
             _logger.warning("profile: nothing was traced: this run had no batch %d in epoch %d", start, epoch)
         return state, logs
@@ -138,35 +140,44 @@ def profile_steps(
     check_function("profile_steps", "clock", clock)
     tables: list[_Table] = []  # of the run under way: a resource of the host, no part of the run's state
 
-    def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        finish(None)
+    def begin(trainer: Any, state: Any) -> None:
         jax.block_until_ready(state.params)
-        tables.append(_Table(name, clock, printer or print_beside_bars, state))
+        tables.append(_Table(name, clock, printer or print_beside_bars, trainer, state))
+
+    def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
+        finish(None)
+        begin(trainer, state)
         return state, logs
 
     def on_epoch_begin(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
-        del epoch, trainer
-        for table in tables:
-            table.begin_epoch(state)
+        del epoch
+        if tables and tables[0].trainer is trainer:
+            tables[0].begin_epoch(state)
+        else:  # a combinator has left out the beginning of the run
+            finish(None)
+            begin(trainer, state)
         return state, logs
+
+    def of_epoch(state: Any) -> list[_Table]:
+        """The table, unless it has not seen this epoch begin."""
+        return [table for table in tables if table.epoch == state.epoch]
 
     def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
-        for table in tables:
+        for table in of_epoch(state):
             table.look(batch_idx + 1, logs)
         return state, logs
 
     def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
-        for table in tables:
+        for table in of_epoch(state):
             table.end_batches(state)
         return state, logs
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         del epoch
-        for table in tables:
-            table.end_epoch(trainer, state, logs)
+        for table in of_epoch(state):
+            table.end_epoch(state, logs)
         return state, logs
 
     def finish(trainer: Any) -> None:
@@ -198,8 +209,8 @@ def profile_steps(
 class _Table:
     """The times of one run."""
 
-    def __init__(self, name: str, clock: Callable[[], float], printer: Callable[[str], Any], state: Any):
-        self._name, self._clock, self._print = name, clock, printer
+    def __init__(self, name: str, clock: Callable[[], float], printer: Callable[[str], Any], trainer: Any, state: Any):
+        self._name, self._clock, self._print, self.trainer = name, clock, printer, trainer
         self._compiling = CompileTime()
         self._began, self._epochs, self._batches = clock(), 0, 0
         self._training = self._evaluating = 0.0
@@ -208,7 +219,7 @@ class _Table:
 
     def begin_epoch(self, state: Any) -> None:
         self._epoch_began, self._mark, self._compiled = self._clock(), self._clock(), self._compiling.seconds
-        self._first, self._trained = state.batch_idx, None
+        self.epoch, self._first, self._trained = state.epoch, state.batch_idx, None
         self._look_began, self._looked_at, self._look_compiled = self._mark, state.batch_idx, self._compiled
 
     def look(self, batches_done: int, logs: Any) -> None:
@@ -227,7 +238,7 @@ class _Table:
             self._training += self._trained
             self._batches += state.batch_idx - self._first
 
-    def end_epoch(self, trainer: Any, state: Any, logs: Any) -> None:
+    def end_epoch(self, state: Any, logs: Any) -> None:
         self.end_batches(state)
         jax.block_until_ready([*logs.values()])
         evaluated = self._since_mark()
@@ -236,7 +247,7 @@ class _Table:
         seconds, trained = self._clock() - self._epoch_began, self._trained or 0.0
         each = _per_batch(trained, state.batch_idx - self._first)
         self._print(
-            f"{self._name}: epoch {state.epoch + 1}/{trainer.num_epochs} took {seconds:.2f} s: "
+            f"{self._name}: epoch {state.epoch + 1}/{self.trainer.num_epochs} took {seconds:.2f} s: "
             f"training {trained:.2f} s, {each}; evaluation {evaluated:.2f} s"
         )
 

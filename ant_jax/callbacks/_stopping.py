@@ -24,7 +24,7 @@ from ant_jax.callbacks._arguments import (
     check_positive,
     number,
 )
-from ant_jax.callbacks._averages import evaluated
+from ant_jax.callbacks._averages import evaluated_in, with_averages
 
 
 def early_stopping(
@@ -87,7 +87,11 @@ def early_stopping(
     def weights(state: Any) -> dict[str, Any]:
         if not restore_best:
             return {}
-        averages = {other: memory["average"] for other, memory in state.callback_states.items() if evaluated(memory)}
+        averages = {
+            other: [inner["average"] for inner in evaluated_in(memory)]
+            for other, memory in state.callback_states.items()
+            if evaluated_in(memory)
+        }
         return {"params": state.params, "model_state": state.model_state, "averages": averages}
 
     def init(state: Any) -> Any:
@@ -103,7 +107,7 @@ def early_stopping(
         best = jnp.where(improved, value, memory["best"])
         keeps, now = improved | (best == nothing), weights(state)
         for other in now.get("averages", {}):
-            if "count" in state.callback_states[other]:
+            if any("count" in inner for inner in evaluated_in(state.callback_states[other])):
                 raise ValueError(
                     f"{name}: restore_best=True would restore another average than the one that {other!r} had when it "
                     f"was evaluated; leave out restore_best, or evaluate=True there"
@@ -120,8 +124,8 @@ def early_stopping(
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
         memory = state.callback_states[name]
-        for other, average in memory["averages"].items():
-            state = state.with_callback_state(other, {**state.callback_states[other], "average": average})
+        for other, averages in memory["averages"].items():
+            state = state.with_callback_state(other, with_averages(state.callback_states[other], averages))
         return state.replace(params=memory["params"], model_state=memory["model_state"]), logs
 
     restore: dict[str, Any] = {"on_train_end": on_train_end} if restore_best else {}

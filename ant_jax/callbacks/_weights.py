@@ -11,7 +11,7 @@ import optax
 from ant_jax._callback import Callback
 from ant_jax._hyperparams import Hyperparam
 from ant_jax.callbacks._arguments import check_count, check_flag, check_fraction, number
-from ant_jax.callbacks._averages import evaluated
+from ant_jax.callbacks._averages import evaluated_in
 
 
 def ema(decay: float | Hyperparam = 0.999, *, evaluate: bool = False, name: str = "ema") -> Callback:
@@ -122,17 +122,25 @@ def swa(start_epoch: int, *, evaluate: bool = False, name: str = "swa") -> Callb
 def _swaps(name: str, evaluate: bool) -> dict[str, Any]:
     """The hooks that put the average in the place of the parameters while evaluating, and those where it was."""
 
-    def swap(trainer: Any, state: Any, logs: Any) -> Any:
+    def swapped(state: Any, due: Any) -> Any:
+        """The state in which average and parameters have changed places, where that is due."""
+        memory = state.callback_states[name]
+        params, average = _chosen(due, (memory["average"], state.params), (state.params, memory["average"]))
+        memory = {**memory, "average": average, "swapped": memory["swapped"] ^ due}
+        return state.replace(params=params).with_callback_state(name, memory)
+
+    # Each hook does what its name says, whether or not a condition has left the other out.
+    def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
         memory = state.callback_states[name]
-        params, average, swapped = state.params, memory["average"], ~memory["swapped"]
-        if "count" in memory:  # as long as nothing has been averaged, there is nothing to evaluate
-            there = memory["count"] > 0
-            params, average, swapped = _chosen(there, params, average), _chosen(there, average, params), swapped & there
-        memory = {**memory, "average": params, "swapped": swapped}
-        return state.replace(params=average).with_callback_state(name, memory), logs
+        there = memory["count"] > 0 if "count" in memory else True  # before that there is nothing to evaluate
+        return swapped(state, ~memory["swapped"] & there), logs
 
-    return {"on_evaluate_begin": swap, "on_evaluate_end": swap} if evaluate else {}
+    def on_evaluate_end(trainer: Any, state: Any, logs: Any) -> Any:
+        del trainer
+        return swapped(state, state.callback_states[name]["swapped"]), logs
+
+    return {"on_evaluate_begin": on_evaluate_begin, "on_evaluate_end": on_evaluate_end} if evaluate else {}
 
 
 def _swapped(name: str, evaluate: bool, state: Any) -> dict[str, Any]:
@@ -141,7 +149,7 @@ def _swapped(name: str, evaluate: bool, state: Any) -> dict[str, Any]:
         return {}
 
     for other, memory in state.callback_states.items():
-        if any(map(evaluated, jax.tree.leaves(memory, is_leaf=evaluated))):
+        if evaluated_in(memory):
             raise ValueError(f"{name}: only one callback of a trainer may have evaluate=True, and {other!r} has it")
     return {"swapped": jnp.bool_(False)}
 

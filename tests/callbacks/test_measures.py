@@ -45,6 +45,18 @@ def test_without_an_evaluation_and_from_inside_an_epoch():
     assert history[0]["examples_per_second"] == 2 * BATCH
 
 
+def test_what_misses_the_beginning_of_the_run_measures_the_epochs_that_it_sees_begin():
+    clock = Clock()
+    meter = ant.callbacks.throughput(clock=clock)
+    passing = clock.passing(on_epoch_begin=7.0, on_batch_end=0.5)
+    late = ant.callbacks.when(lambda state, logs: state.epoch >= 1, meter)
+    _, history = fit(passing, late, epochs=3)
+    assert [logs.get("examples_per_second") for logs in history] == [None, 2 * BATCH, 2 * BATCH]
+    ends = ant.callbacks.when(lambda state, logs: state.epoch < 1 or "train_loss" in logs, meter)
+    _, history = fit(passing, ends, epochs=2)
+    assert [logs.get("examples_per_second") for logs in history] == [2 * BATCH, None]  # and not the first one's again
+
+
 def test_utilisation_is_operations_over_the_peak():
     clock, flops = Clock(), []
 

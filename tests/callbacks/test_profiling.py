@@ -52,6 +52,13 @@ def test_after_an_exception_nothing_is_traced_any_more(tmp_path):
     assert _may_trace(tmp_path)
 
 
+def test_a_trace_whose_end_is_left_out_ends_with_the_run(tmp_path, caplog):
+    trace = ant.callbacks.profile(tmp_path, start=0, steps=2)
+    fit(ant.callbacks.when(lambda state, logs: "loss" not in logs, trace), epochs=1)
+    assert list(tmp_path.rglob("*.trace.json.gz")) and not caplog.text
+    assert _may_trace(tmp_path / "other")
+
+
 @pytest.mark.parametrize("options", [{"start": 6}, {"epoch": 2, "start": 0}])
 def test_says_that_nothing_was_traced(options, tmp_path, caplog):
     fit(ant.callbacks.profile(tmp_path, **options))
@@ -109,3 +116,13 @@ def test_the_table_comes_after_an_exception_too():
 def test_refuses(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.usefixtures("nothing_compiles")
+def test_what_misses_the_beginning_of_the_run_has_the_epochs_that_it_sees_begin():
+    clock, printed = Clock(), []
+    table = ant.callbacks.profile_steps(every=2, printer=printed.append, clock=clock)
+    late = ant.callbacks.when(lambda state, logs: state.epoch >= 1, table)
+    fit(late, clock.passing(on_batch_end=0.5), epochs=3)
+    assert [line.split(":")[1] for line in printed[:2]] == [" epoch 2/3 took 3.00 s", " epoch 3/3 took 3.00 s"]
+    assert "6.00 s, 2 epochs" in printed[2] and len(printed) == 3

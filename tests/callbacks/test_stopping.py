@@ -322,15 +322,19 @@ def test_refuses_no_time():
         library.time_limit(datetime.timedelta(0))
 
 
-def test_the_average_that_was_judged_best_is_restored():
+@pytest.mark.parametrize(
+    "chained", [lambda callback: callback, lambda callback: library.chain(library.swa(0), callback)]
+)
+def test_the_average_that_was_judged_best_is_restored(chained):
     stopping = library.early_stopping("val_loss", patience=2, restore_best=True)
-    average = library.ema(0.5, evaluate=True)
+    average = chained(library.ema(0.5, evaluate=True))
     a_trainer = trainer(average, stopping, optimizer=optax.sgd(3.0))
     state, history = a_trainer.fit(a_trainer.init(batches()[0]), batches(5), 9, batches(2))
     losses = [logs["val_loss"] for logs in history]
     assert a_trainer.evaluate(state, batches(2))["val_loss"] == min(losses) != losses[-1]
     for callbacks, message in (
-        ([stopping, average], "list 'early_stopping' after 'ema'"),
+        ([stopping, average], f"list 'early_stopping' after {average.name!r}"),
+        ([library.chain(library.swa(1, evaluate=True)), stopping], "another average than the one that 'chain' had"),
         ([library.swa(1, evaluate=True), stopping], "another average than the one that 'swa' had"),
     ):
         refusing = trainer(*callbacks)

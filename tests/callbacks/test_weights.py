@@ -9,6 +9,7 @@ import pytest
 from problems import assert_bit_equal, batches, host, trainer
 
 import ant_jax as ant
+from ant_jax._trees import named_leaves
 
 
 library = ant.callbacks
@@ -139,6 +140,30 @@ def test_averages_keep_the_dtype_of_low_precision_parameters():
     for name in ("ema", "changing", "swa"):
         assert {leaf.dtype for leaf in jax.tree.leaves(_average(state, name))} == {jnp.dtype(jnp.bfloat16)}
     jax.tree.map(np.testing.assert_array_equal, _average(state), _average(state, "changing"))
+
+
+@pytest.mark.parametrize("holds_at", ["begin", "end"])
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda: library.ema(0.9, evaluate=True),
+        lambda: library.swa(0, evaluate=True),
+        lambda: library.chain(library.ema(0.9, evaluate=True)),
+    ],
+    ids=["ema", "swa", "chain"],
+)
+def test_a_condition_that_holds_at_one_end_of_an_evaluation_mixes_up_no_weights(average, holds_at, bare):
+    def holds(state: Any, logs: Any) -> bool:
+        return "train_loss" in logs or ("val_loss" in logs) == (holds_at == "end")
+
+    a_trainer = trainer(library.when(holds, average()), fuse=False)
+    loader, val_loader = batches(), batches(2, seed=1)
+    state, history = a_trainer.fit(a_trainer.init(loader[0]), loader, 3, val_loader)
+    expected, raw = bare.fit(bare.init(loader[0]), loader, 3, val_loader)
+    assert_bit_equal(state, expected, "params")
+    swapped = [flag for path, flag in named_leaves(state.callback_states).items() if path.endswith("swapped")]
+    assert len(swapped) == 1 and not swapped[0]
+    assert (history[-1]["val_loss"] == raw[-1]["val_loss"]) == (holds_at == "end")  # the average had its place, or not
 
 
 def test_only_one_average_is_evaluated():
