@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Never, Self
 
@@ -41,6 +42,8 @@ PREFIX = "step"
 SUPERSEDED = ".superseded"
 # No save takes longer, unless something hangs; then an error is better than silence.
 TIMEOUT_SECONDS = 600
+# How long checksums wait for a save to return. It takes milliseconds; who waits longer loses nothing but a little time.
+HAND_OVER_SECONDS = 1.0
 # The fields of a state where neither a NaN nor an infinity may be; an optimizer may well start from an infinity.
 _FINITE = ("params", "model_state", "accumulator")
 
@@ -172,14 +175,18 @@ class Checkpointer:
         metric = None if metric is None else float(metric)
         host |= {"empty": encoded(empty, "the arrays without elements"), "metric": encoded(metric, "the metric")}
         self._metrics[step] = math.nan if metric is None else metric
+        handed_over = threading.Event()
         items = ocp.args.Composite(
-            arrays=ocp.args.StandardSave(_nested(arrays)), host=_SealArgs(step, host, arrays, self._allow_nonfinite)
+            arrays=ocp.args.StandardSave(_nested(arrays)),
+            host=_SealArgs(step, host, arrays, self._allow_nonfinite, handed_over),
         )
         self._saving, self._held = (step, sum(leaf.nbytes for leaf in arrays.values())), arrays
         try:
             accepted = self._manager.save(step, args=items)
         except Exception as error:
             self._fail(error)
+        finally:
+            handed_over.set()
         if not accepted:
             raise CheckpointError(f"Orbax declined to save step {step} into {self.directory}")
 
@@ -326,6 +333,8 @@ class _SealHandler(ocp.AsyncCheckpointHandler):
         return unsealed((directory / "metadata").read_text())
 
     async def _write(self, directory: Any, args: _SealArgs) -> None:
+        # Not while the training thread still hands the state over: checksums would take the processor from it.
+        args.handed_over.wait(HAND_OVER_SECONDS)
         arrays = {keys: np.asarray(leaf) for keys, leaf in args.arrays.items()}
         if not args.allow_nonfinite:
             _refuse_nonfinite(arrays, args.step)
@@ -339,6 +348,7 @@ class _SealArgs(ocp.args.CheckpointArgs):
     host: Mapping[str, Any]
     arrays: Mapping[Path, Any]
     allow_nonfinite: bool
+    handed_over: threading.Event
 
 
 def _refuse_nonfinite(arrays: Mapping[Path, np.ndarray], step: int) -> None:
