@@ -69,7 +69,7 @@ def write(path: pathlib.Path, group: str, rows: list[Row], options: argparse.Nam
         "date": datetime.date.today().isoformat(),
         "seed": options.seed,
         "scale": options.scale,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "rows": [dataclasses.asdict(row) for row in rows],
     }
