@@ -184,7 +184,8 @@ class Loop:
         live = self._live
         self._looks = looks = [Look(*watcher) for watcher in self._events.watchers]
         program = None
-        if live.stop and live.host.batch_idx % self._window == 0:  # the run goes on where its batches were over
+        done = live.host.batch_idx
+        if live.stop and done > 0 and done % self._window == 0:  # the run goes on where its batches were over
             self._run.whole = True
             return self._epoch_means()
         while True:  # over stretches of batches of one size

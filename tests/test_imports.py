@@ -35,7 +35,7 @@ LAYERS = [
     {"_loop"},
     {"_trainer"},
     {""},
-    {"testing._problem", "testing._recorder", "testing._compare"},
+    {"testing._problem", "testing._recorder", "testing._compare", "testing._effects"},
     {"testing._check", "testing._resume"},
     {"testing"},
 ]  # fmt: skip
