@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -158,7 +159,9 @@ class _Meter:
             return
         jax.block_until_ready(state.params)
         seconds = self._clock() - self._began - (self.compiling.seconds - self._compiled)
-        self.rate, self._ended = (state.examples - self._examples) / max(seconds, 1e-9), True
+        # Infinite by a clock that has not moved, so that it does not depend on where in its epoch a run began.
+        self.rate = (state.examples - self._examples) / seconds if seconds > 0 else math.inf
+        self._ended = True
 
 
 def _peak_flops_of(kind: str) -> float | None:
