@@ -19,7 +19,6 @@ import os
 import pathlib
 import platform
 import tempfile
-from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -50,16 +49,13 @@ def main() -> None:
     root = pathlib.Path(tempfile.mkdtemp(prefix="faults-"))
     bench = Bench(options.scale, options.seed, root)
     for group in chosen:
-        rows = list(printed(importlib.import_module(f"benchmarks.faults.{group}").rows(bench)))
-        write(pathlib.Path(options.json), group, rows, options)
+        rows: list[Row] = []
+        for row in importlib.import_module(f"benchmarks.faults.{group}").rows(bench):
+            print(row, flush=True)
+            rows.append(row)
+            write(pathlib.Path(options.json), group, rows, options)
     with contextlib.suppress(OSError):  # what failed is kept
         root.rmdir()
-
-
-def printed(rows: Iterator[Row]) -> Iterator[Row]:
-    for row in rows:
-        print(row, flush=True)
-        yield row
 
 
 def write(path: pathlib.Path, group: str, rows: list[Row], options: argparse.Namespace) -> None:
