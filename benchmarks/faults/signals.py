@@ -34,8 +34,8 @@ def rows(bench: Bench) -> Iterator[Row]:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
     scene = Scene(bench)
     yield interrupts(bench, scene)
-    yield from_outside(bench, scene, "Ctrl-C twice: ends at once, the previous intact", DOUBLES, twice)
-    yield from_outside(bench, scene, "SIGTERM: saved, exit 143, exact resume", TERMINATIONS, once)
+    yield from_outside(bench, scene, TWICE)
+    yield from_outside(bench, scene, ONCE)
     shutil.rmtree(scene.directory, ignore_errors=True)
 
 
@@ -153,50 +153,83 @@ def check_interrupted(scene: Scene, error: BaseException | None, place: str) -> 
         expect(place == "starting", f"the run was {place}, and the exception has no state")
 
 
-def from_outside(bench: Bench, scene: Scene, name: str, asked: int, disturb: Any) -> Row:
+@dataclasses.dataclass(frozen=True)
+class Disturbance:
+    """What is done to a job in a process of its own.
+
+    Attributes:
+        name: of the row.
+        asked: trials.
+        signals: one after the other.
+        statuses: with which the process may end.
+    """
+
+    name: str
+    asked: int
+    signals: tuple[int, ...]
+    statuses: tuple[int, ...]
+
+    def ended(self, child: Child, rng: np.random.Generator) -> bool:
+        """Disturb a job, and see how it ends; False if that came too late, when it had done its work."""
+        began = time.monotonic()
+        for number in self.signals:
+            child.send(number)
+            began = time.monotonic()
+            sleep(rng.exponential(0.02))
+        status = child.end()
+        seconds = time.monotonic() - began
+        if child.value(r"(digest)"):
+            return False
+        expect(status in self.statuses, f"the status is {status}:\n{child.output[-2000:]}")
+        # What XLA compiles, no signal can interrupt: Python sees it when that is done.
+        expect(seconds < SECONDS, f"it took {seconds:.1f} s to end:\n{child.output[-2000:]}")
+        return True
+
+
+TWICE = Disturbance(
+    "Ctrl-C twice: ends at once, the previous intact",
+    DOUBLES,
+    (signal.SIGINT, signal.SIGINT),
+    (-signal.SIGINT, 128 + signal.SIGINT),
+)
+ONCE = Disturbance("SIGTERM: saved, exit 143, exact resume", TERMINATIONS, (signal.SIGTERM,), (143,))
+
+
+def from_outside(bench: Bench, scene: Scene, disturbance: Disturbance) -> Row:
     """Disturb jobs in processes of their own, at each of the places."""
-    trials, one_at_a_time = bench.trials(name, asked), threading.Lock()
+    trials, one_at_a_time = bench.trials(disturbance.name, disturbance.asked), threading.Lock()
     counts: collections.Counter[str] = collections.Counter()
 
     def trial(number: int) -> None:
-        place, rng = PLACES[number % len(PLACES)], bench.rng(name, number)
+        place, rng = PLACES[number % len(PLACES)], bench.rng(disturbance.name, number)
         with trials.one(f"{place}, {number}") as directory:
-            child = Child(dataclasses.replace(scene.job, directory=str(directory / "run"), marks=True))
-            child.wait_for(f"at {place}", 1 if place == "compiling" else int(rng.integers(1, 4)))
-            sleep(rng.exponential(0.2 if place == "compiling" else 0.01))
-            with one_at_a_time:
-                counts[f"{place}"] += 1
-            disturb(child, directory / "run", rng)
+            while not disturbed(dataclasses.replace(scene.job, directory=str(directory)), disturbance, place, rng):
+                counts["came_too_late"] += 1
+                shutil.rmtree(directory)
             with one_at_a_time, kept_on_failure(scene.directory, directory):
+                counts[place] += 1
                 shutil.rmtree(scene.directory, ignore_errors=True)
-                shutil.copytree(directory / "run", scene.directory)
+                shutil.copytree(directory, scene.directory)
                 scene.check_goes_on()
 
-    each(trial, range(bench.count(asked)))
+    each(trial, range(bench.count(disturbance.asked)))
     return trials.row(**counts)
 
 
-def once(child: Child, directory: pathlib.Path, rng: np.random.Generator) -> None:
-    child.send(signal.SIGTERM)
-    status = child.end()
-    expect(status == 143, f"the status is {status}:\n{child.output[-2000:]}")
-    expect(committed(directory), f"nothing is saved:\n{child.output[-2000:]}")
-    said = child.value(r"saved step (\d+)")
-    expect(said in (None, str(committed(directory)[-1])), f"it says {said}, and has {committed(directory)}")
-
-
-def twice(child: Child, directory: pathlib.Path, rng: np.random.Generator) -> None:
-    child.send(signal.SIGINT)
-    sleep(rng.exponential(0.02))
-    before = committed(directory)[:1]
-    began = time.monotonic()
-    child.send(signal.SIGINT)
-    status = child.end()
-    seconds = time.monotonic() - began
-    expect(status in (-signal.SIGINT, 128 + signal.SIGINT), f"the status is {status}:\n{child.output[-2000:]}")
-    # What XLA compiles, no signal can interrupt: Python sees it when that is done.
-    expect(seconds < SECONDS, f"it took {seconds:.1f} s to end")
-    expect(not before or committed(directory), "what was saved before is gone")
+def disturbed(job: Job, disturbance: Disturbance, place: str, rng: np.random.Generator) -> bool:
+    """Start a job, and disturb it at a place, a random time after it has come there."""
+    directory, child = pathlib.Path(job.directory or ""), Child(dataclasses.replace(job, marks=True))
+    child.wait_for(f"at {place}", 1 if place == "compiling" else int(rng.integers(1, 4)))
+    sleep(rng.exponential(0.2 if place == "compiling" else 0.01))
+    before = committed(directory)
+    if not disturbance.ended(child, rng):
+        return False
+    after = committed(directory)
+    if disturbance is ONCE:
+        said = child.value(r"saved step (\d+)")
+        expect(after and said in (None, str(after[-1])), f"it says {said}, and has {after}")
+    expect(not before or after and after[-1] >= before[-1], f"there was {before}, and is {after}")
+    return True
 
 
 def quietly(job: Job, trainer: ant.Trainer, state: ant.TrainState) -> ant.TrainState:
