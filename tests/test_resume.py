@@ -361,8 +361,6 @@ def harm(path: pathlib.Path, how: str, rng: random.Random) -> None:
     path.write_bytes(content)
 
 
-# After an error tensorstore leaves coroutines to the garbage collector, which complains.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("seed", range(24))
 def test_damage_never_gives_a_wrong_number(seed, saved, tmp_path, caplog):
     directory, states = saved

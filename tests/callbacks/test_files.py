@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -223,7 +224,9 @@ def test_a_column_that_cannot_be_added_costs_no_other_row(tmp_path, monkeypatch)
         raise OSError("on purpose")
 
     def publish(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
-        if epoch == 1:  # the row of epoch 0 may be being written
+        if epoch == 1:
+            while not (path.exists() and rows_of(path)):  # the row of epoch 0 may be being written
+                time.sleep(0.001)
             monkeypatch.setattr(_files, "replacing", fail_once)
         return state, {**logs, "late": 1.0} if epoch else logs
 
