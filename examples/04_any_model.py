@@ -91,7 +91,8 @@ def main(epochs: int = 15):
         state = trainer.init((x_train, y_train), seed=0)
         state, history = trainer.fit(state, train_loader, epochs, val_loader)
         accuracies[name] = history[-1]["val_accuracy"]
-        averaged = trainer.evaluate(state.replace(params=state.callback_states["ema"]["average"]), val_loader)["val_accuracy"]
+        average = state.replace(params=state.callback_states["ema"]["average"])
+        averaged = trainer.evaluate(average, val_loader)["val_accuracy"]
         size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         print(f"{name:14} {size:10,} {state.epoch:6} {accuracies[name]:9.2%} {averaged:9.2%}")
     return accuracies
