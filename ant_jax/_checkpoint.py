@@ -93,7 +93,8 @@ class Checkpointer:
             self._set_junk_aside()
             self._metrics: dict[int, float] = {}
             self._moments: dict[int, tuple[int, int]] = {}
-            for step in steps_in(self.directory):
+            steps = steps_in(self.directory)
+            for step in steps if mode else steps[-1:]:  # the metrics of all, or the moment of the newest
                 self._look_at(step)
             self._manager = _Manager(
                 self.directory,
@@ -270,7 +271,7 @@ class Checkpointer:
         steps = {f"{PREFIX}_{step}" for step in steps_in(self.directory)}
         for path in sorted(self.directory.glob(f"{PREFIX}_*")):
             if re.fullmatch(rf"{PREFIX}_\d+", path.name) and path.name not in steps:
-                _logger.warning("%s is no checkpoint; it is renamed to %s", path, _set_aside(path).name)
+                _logger.warning("%s is no checkpoint; it is renamed to %s", path, set_aside(path).name)
 
     def _look_at(self, step: int) -> None:
         """Note the metric and the moment of a checkpoint that is there."""
@@ -373,12 +374,8 @@ def path_of(directory: pathlib.Path, step: int) -> pathlib.Path:
     return directory / f"{PREFIX}_{step}"
 
 
-def set_aside(directory: pathlib.Path, step: int) -> pathlib.Path:
+def set_aside(path: pathlib.Path) -> pathlib.Path:
     """Rename a damaged checkpoint, so that it is neither restored nor in the way of later ones; returns where to."""
-    return _set_aside(path_of(directory, step))
-
-
-def _set_aside(path: pathlib.Path) -> pathlib.Path:
     taken_names = {other.name for other in path.parent.iterdir()}
     names = (f"{path.name}.corrupt{f'.{i}' if i else ''}" for i in range(len(taken_names) + 1))
     return path.rename(path.with_name(next(name for name in names if name not in taken_names)))

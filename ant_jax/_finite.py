@@ -24,6 +24,7 @@ def first_nonfinite(leaves: Mapping[str, np.ndarray], *, infinities: bool = True
     """
     for name, leaf in leaves.items():
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            if np.isnan(leaf).any() or infinities and np.isinf(leaf).any():
+            bad = ~np.isfinite(leaf) if infinities else np.isnan(leaf)
+            if bad.any():
                 return name
     return None

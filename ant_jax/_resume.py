@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from ant_jax._beginning import Beginning
-from ant_jax._checkpoint import read, read_arrays, set_aside, steps_in
+from ant_jax._checkpoint import path_of, read, read_arrays, set_aside, steps_in
 from ant_jax._events import initial_memories
 from ant_jax._lock import DirectoryLock
 from ant_jax._seal import CheckpointCorrupt
@@ -58,7 +58,7 @@ def _set_aside(directory: pathlib.Path, damaged: list[CheckpointCorrupt], sound:
     lock = DirectoryLock(directory)
     try:
         for error in damaged:
-            renamed = set_aside(directory, error.step)
+            renamed = set_aside(path_of(directory, error.step))
             _logger.warning("%s. It is renamed to %s, and step %d is taken instead", error, renamed.name, sound)
     finally:
         lock.release()
@@ -115,11 +115,10 @@ def with_params_of(
     params = _replaced(state.params, arrays, place, "params", only, cast)
     if not model_state:
         return state.replace(params=params)
-    beside = place[:-1] if source is not None or ("model_state",) not in {keys[:1] for keys in arrays} else None
-    root = ("model_state",) if beside is None else beside
-    return state.replace(
-        params=params, model_state=_replaced(state.model_state, arrays, root, "model_state", ("*",), cast)
-    )
+    has_own_place = source is None and any(keys[0] == "model_state" for keys in arrays)
+    root = ("model_state",) if has_own_place else place[:-1]
+    others = _replaced(state.model_state, arrays, root, "model_state", ("*",), cast)
+    return state.replace(params=params, model_state=others)
 
 
 def _parameters_in(directory: pathlib.Path, step: int | None, source: str | None) -> tuple[dict[Path, Any], Path]:

@@ -297,7 +297,8 @@ def test_killed_and_terminated_and_started_again_it_ends_with_the_same_bits(tmp_
     assert "resumed from step" in after_kill and "saved step" in after_kill and "SystemExit(143)" in after_kill
     last, errors = job(directory, 0.0).communicate(timeout=120)
     assert "resumed from step" in last, errors
-    expected, _ = alone.communicate(timeout=120)
+    expected, errors = alone.communicate(timeout=120)
+    assert alone.returncode == 0, errors
     assert last.splitlines()[-1] == expected.splitlines()[-1]
     assert last.splitlines()[-1].startswith("ended 60 ")
     assert not list(directory.glob("*tmp*"))
