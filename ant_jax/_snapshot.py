@@ -204,8 +204,9 @@ def _by_path(tree: PyTree) -> dict[Path, jax.Array]:
 def _plain(leaf: jax.Array) -> Any:
     # What is on an accelerator is fetched once, for Orbax and for the checksums; then its memory there is free. A JAX
     # array on a CPU is only viewed: who saves must keep it until it is written, and the trainer's launches then copy
-    # it before they overwrite it.
-    leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    # it before they overwrite it. The data of a key is an alias of it, which keeps nothing from being overwritten.
+    if _is_key(leaf):
+        return np.array(jax.random.key_data(leaf))
     return leaf if {device.platform for device in leaf.devices()} == {"cpu"} else np.asarray(leaf)
 
 

@@ -6,12 +6,13 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from problems import adam, assert_bit_equal, batches, host, trainer
 
 import ant_jax as ant
-from ant_jax._snapshot import FIELDS, HOST_FIELDS
+from ant_jax._snapshot import FIELDS, HOST_FIELDS, taken
 from ant_jax._state import HostFields
 
 
@@ -168,3 +169,15 @@ def test_leaves_that_orbax_would_mix_up_are_refused(tmp_path):
     with a_trainer.checkpointer(tmp_path) as checkpointer:
         with pytest.raises(ValueError, match="under one name, 'params.a.b'"):
             checkpointer.save(state)
+
+
+def test_random_keys_are_copied_for_whoever_keeps_their_data_does_not_keep_them():
+    """The trainer copies what somebody refers to before a launch overwrites it; of an alias it cannot know."""
+    a_trainer = trainer(ant.callbacks.gradient_noise(0.1))
+    state = a_trainer.init(batches()[0])
+    arrays, _ = taken(state, frozenset({"gradient_noise"}))
+    key = state.callback_states["gradient_noise"].rng_key
+    before = np.array(jax.random.key_data(key))
+    jax.jit(lambda key: jax.random.split(key)[0], donate_argnums=0)(key)
+    assert key.is_deleted()
+    np.testing.assert_array_equal(arrays["callback_states", "gradient_noise", "rng_key"], before)
