@@ -47,6 +47,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     logging.getLogger("ant_jax").setLevel(logging.ERROR)
     root = pathlib.Path(tempfile.mkdtemp(prefix="faults-"))
+    print(f"directories of trials that fail are kept in {root}")
     bench = Bench(options.scale, options.seed, root)
     for group in chosen:
         rows: list[Row] = []

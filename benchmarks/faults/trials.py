@@ -65,6 +65,7 @@ class Trials:
             yield directory
         except Exception as error:
             failure = f"{what}: {type(error).__name__}: {error} (seed {self._bench.seed}, kept in {directory})"
+            failure = failure.replace(str(self._bench.root), "...")  # what is written down is of no one machine
             (directory / "failure.txt").write_text(traceback.format_exc())
             self.failures.append(failure)
             print(f"  FAILED {self.name}: {failure:.1500}", flush=True)
