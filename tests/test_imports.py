@@ -38,6 +38,11 @@ LAYERS = [
     {"testing._problem", "testing._recorder", "testing._compare", "testing._effects"},
     {"testing._check", "testing._resume"},
     {"testing"},
+    {"interop", "interop._layouts", "interop._tensors"},
+    {"interop._sides"},
+    {"interop._report", "interop._requests"},
+    {"interop._pairing"},
+    {"interop.torch"},
 ]  # fmt: skip
 
 
