@@ -138,7 +138,7 @@ def _of_convolution(shape: Shape, jax: Shape, transpose_kernel: bool | None) -> 
     }[transpose_kernel]
     hint = ""
     if _permuted(shape, kept if axes == swapped else swapped) == jax:
-        hint = f"; it would fit a ConvTranspose with transpose_kernel={transpose_kernel is not False}"
+        hint = f"; it would fit a ConvTranspose with transpose_kernel={transpose_kernel is False}"
     raise Misfit(f"torch's {torch_words} = {shape} is {jax_words} = {expected} in JAX, where the leaf has {jax}{hint}")
 
 

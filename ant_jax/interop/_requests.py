@@ -51,7 +51,7 @@ class Request:
         }
         for given, path in self.names.items():
             if path is not None and canonical(path) not in places:
-                there = ", ".join(repr(module) for module in sorted({leaf.module for leaf in leaves}))
+                there = _listed({leaf.module for leaf in leaves})
                 raise ValueError(
                     f"names[{'.'.join(given)!r}] = {'/'.join(path)!r} is not in the JAX model; its modules: {there}"
                 )
@@ -110,5 +110,10 @@ def _longest_prefix(path: Path, given: Mapping[Path, Any]) -> Path | None:
 def _refuse(argument: str, given: Iterable[Path], known: set[Path], modules: set[Path]) -> None:
     for path in given:
         if path not in known:
-            there = ", ".join(repr(".".join(module)) for module in sorted(modules))
+            there = _listed({".".join(module) for module in modules})
             raise ValueError(f"{argument}: {'.'.join(path)!r} is not in the torch model; its modules: {there}")
+
+
+def _listed(modules: set[str]) -> str:
+    more = f", and {len(modules) - 20} more" if len(modules) > 20 else ""
+    return ", ".join(map(repr, sorted(modules)[:20])) + more

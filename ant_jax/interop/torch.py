@@ -212,7 +212,7 @@ def _placed(value: np.ndarray, template: Any) -> Any:
 
 def _shared(filled: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Give weights that share memory in torch one value; else loading would leave in it that of the last of them."""
-    owners = {memory(like[key]): key for key in filled}
+    owners = {memory(like[key]): key for key in reversed(list(filled))}  # the first of each memory
     for key, value in filled.items():
         owner = owners[memory(like[key])] if memory(like[key]) else key
         if not np.array_equal(filled[owner], value, equal_nan=True):
