@@ -28,6 +28,7 @@ from orbax.checkpoint import future
 
 from ant_jax._encoding import decoded, encoded
 from ant_jax._finite import NonFiniteError, first_nonfinite
+from ant_jax._interrupt import held_back
 from ant_jax._lock import DirectoryLock
 from ant_jax._seal import CheckpointCorrupt, CheckpointError, Damage, sealed, unsealed, verify
 from ant_jax._snapshot import Path, Snapshot, read_back, taken
@@ -183,7 +184,8 @@ class Checkpointer:
         )
         self._saving, self._held = (step, sum(leaf.nbytes for leaf in arrays.values())), arrays
         try:
-            accepted = self._manager.save(step, args=items)
+            with held_back():  # or Orbax's threads would wait, long and in vain, for a save that Ctrl-C has ended
+                accepted = self._manager.save(step, args=items)
         except Exception as error:
             self._fail(error)
         finally:

@@ -6,8 +6,9 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -15,6 +16,25 @@ from jax.experimental import multihost_utils
 
 # What a shell reports of a process that a SIGTERM has ended.
 TERMINATED = 128 + signal.SIGTERM
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Let signals that would raise an exception do so only when the body is over, which must not be torn apart."""
+    waiting: list[tuple[int, FrameType | None]] = []
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], Any]] = {}
+    if threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: waiting.append((number, frame)))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in waiting:
+            handlers[signal.Signals(number)](number, frame)
 
 
 class Interrupts:

@@ -16,7 +16,7 @@ import pytest
 from problems import BATCH, assert_bit_equal, batches, data, host, leaves_of, trainer
 
 import ant_jax as ant
-from ant_jax._checkpoint import steps_in
+from ant_jax._checkpoint import _Manager, steps_in
 from ant_jax._engine import TrainProgram
 from ant_jax._interrupt import Interrupts
 
@@ -324,3 +324,21 @@ def test_a_second_run_is_refused_while_the_first_saves(tmp_path):
             a_trainer.fit(state, ant.ArrayLoader(data(), BATCH), 1)
     a_trainer.fit(state, ant.ArrayLoader(data(), BATCH), 1)
     assert np.isfinite(leaves_of(a_trainer.restore(tmp_path))[0]).all()
+
+
+def test_ctrl_c_while_a_save_is_handed_over_comes_when_that_is_done(tmp_path, monkeypatch):
+    # In between, Orbax's threads would wait for what the exception has kept the main thread from telling them.
+    original = _Manager.save
+
+    def save(self: _Manager, *arguments: Any, **named: Any) -> bool:
+        signal.raise_signal(signal.SIGINT)
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(_Manager, "save", save)
+    before = signal.getsignal(signal.SIGINT)
+    a_trainer = trainer()
+    state = a_trainer.init(batches()[0])
+    with a_trainer.checkpointer(tmp_path) as checkpointer, pytest.raises(KeyboardInterrupt):
+        checkpointer.save(state)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert_bit_equal(a_trainer.restore(tmp_path), state)
