@@ -183,7 +183,9 @@ class Trainer:
         """
         return self._running("costs").costs
 
-    def init(self, example_batch: Any, *, seed: int = 0, params: PyTree | None = None) -> TrainState:
+    def init(
+        self, example_batch: Any, *, seed: int = 0, params: PyTree | None = None, model_state: PyTree | None = None
+    ) -> TrainState:
         """Make the state that a run begins with.
 
         Args:
@@ -191,23 +193,19 @@ class Trainer:
                 examples is free.
             seed: of the parameters, and of all randomness in training.
             params: parameters to begin with, instead of the model's own initial ones.
+            model_state: the same for what the model keeps beside them, such as batch statistics.
 
         Returns:
             The state, with every callback's memory in it.
 
         Raises:
-            StateMismatch: ``params`` do not fit the model.
+            StateMismatch: ``params`` or ``model_state`` do not fit the model.
         """
         batch = canonical(example_batch)
         self._step.check_batch(batch)
         init_key, key = jax.random.split(jax.random.key(seed))
-        initial, model_state = initialized(
-            self._model, lambda init, *arguments: jax.jit(init)(*arguments), init_key, inputs_of(batch)
-        )
-        if params is not None:
-            refuse_mismatch("params", initial, params, "this trainer's model", dtypes=False)
-            initial = params
-        return self._states.state(jax.tree.map(strong, initial), jax.tree.map(strong, model_state), key)
+        params, model_state = _initial(self._model, init_key, inputs_of(batch), params, model_state)
+        return self._states.state(jax.tree.map(strong, params), jax.tree.map(strong, model_state), key)
 
     def checkpointer(
         self,
@@ -538,6 +536,26 @@ class Trainer:
                 f"trainer.{fact} is known only to host hooks, while fit runs; traced hooks cannot have it"
             )
         return self._run
+
+
+def _initial(
+    model: PureModel, key: jax.Array, inputs: PyTree, params: PyTree | None, model_state: PyTree | None
+) -> tuple[PyTree, PyTree]:
+    """What a model begins with: its own parameters and state, or those that are given, if they fit."""
+    given = params, model_state
+    if params is None and model_state is None:
+        return initialized(model, lambda init, *arguments: jax.jit(init)(*arguments), key, inputs)
+    shapes = initialized(model, jax.eval_shape, key, inputs)
+    for name, expected, tree in zip(("params", "model_state"), shapes, given, strict=True):
+        if tree is not None:
+            refuse_mismatch(name, expected, tree, "this trainer's model", dtypes=False)
+
+    def missing(key: jax.Array, inputs: PyTree) -> list[PyTree | None]:
+        pairs = zip(model.init(key, inputs), given, strict=True)
+        return [made if tree is None else None for made, tree in pairs]  # what is given is not compiled
+
+    made = jax.jit(missing)(key, inputs)
+    return made[0] if params is None else params, made[1] if model_state is None else model_state
 
 
 def _check_arguments(trainer: Trainer) -> None:

@@ -133,6 +133,33 @@ def test_init_takes_parameters_and_a_seed():
     assert jnp.issubdtype(one.key.dtype, jax.dtypes.prng_key)
 
 
+def test_init_takes_a_model_state_and_draws_only_what_is_not_given():
+    drawn: list[int] = []
+
+    def init(key, inputs):
+        def draw():
+            drawn.append(1)
+            return np.ones((4, 3), np.float32)
+
+        kernel = jax.pure_callback(draw, jax.ShapeDtypeStruct((4, 3), jnp.float32))
+        return {"kernel": kernel, "bias": jnp.zeros(3)}, {"mean": jnp.zeros(3)}
+
+    def apply_with_mean(params, model_state, inputs, key):
+        return apply(params, {}, inputs, key)[0] + model_state["mean"], model_state
+
+    a_trainer = trainer(model=(init, apply_with_mean))
+    own = a_trainer.init(batches()[0])
+    assert drawn
+    drawn.clear()
+    given = a_trainer.init(batches()[0], params=own.params, model_state={"mean": jnp.ones(3)})
+    assert_bit_equal(given, own, "params")
+    np.testing.assert_array_equal(given.model_state["mean"], 1)
+    assert not drawn
+    np.testing.assert_array_equal(a_trainer.init(batches()[0], params=own.params).model_state["mean"], 0)
+    with pytest.raises(StateMismatch, match=r"state.model_state is not of the form(.|\n)*mean: expected float32\[3\]"):
+        a_trainer.init(batches()[0], model_state={"mean": jnp.ones(2)})
+
+
 def test_evaluate_is_the_mean_over_examples_and_runs_its_hooks():
     log: list[str] = []
 

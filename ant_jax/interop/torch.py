@@ -7,7 +7,7 @@ layer as the torch model is. Nothing here imports torch: a state_dict is any map
 
     state = trainer.init(example_batch)
     params, model_state = ant_torch.from_state_dict(torch_model.state_dict(), state.params, state.model_state)
-    state = trainer.init(example_batch, params=params).replace(model_state=model_state)
+    state = trainer.init(example_batch, params=params, model_state=model_state)
     ...
     back = ant_torch.to_state_dict(state.params, state.model_state, like=torch_model.state_dict())
     torch_model.load_state_dict(back)
