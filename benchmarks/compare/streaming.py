@@ -1,0 +1,87 @@
+"""The same batches out of loaders, as data come that do not lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.compare import by_trainer
+from benchmarks.compare.by_hand import make_step
+from benchmarks.compare.peers import Train
+from benchmarks.compare.workloads import Arrays, Workload
+
+
+class Stream:
+    """Makes batches one after the other by picking rows, as a loader of one's own does."""
+
+    def __init__(self, workload: Workload):
+        self._arrays, self._size = workload.data(), workload.batch_size
+
+    def __len__(self) -> int:
+        return len(self._arrays[0]) // self._size
+
+    def __iter__(self) -> Iterator[Arrays]:
+        inputs, targets = self._arrays
+        for i in range(len(self)):
+            rows = np.arange(i * self._size, (i + 1) * self._size)
+            yield inputs[rows], targets[rows]
+
+
+def from_numpy(workload: Workload) -> tuple[Train, str]:
+    return by_trainer.trainer(workload, loader=Stream(workload))
+
+
+def from_dataloader(workload: Workload) -> tuple[Train, str]:
+    return by_trainer.trainer(workload, loader=dataloader(workload))
+
+
+def from_grain(workload: Workload) -> tuple[Train, str]:
+    import grain
+
+    examples = grain.MapDataset.source(workload.examples())
+    return by_trainer.trainer(workload, loader=examples.batch(workload.batch_size).to_iter_dataset())
+
+
+def by_hand(workload: Workload) -> tuple[Train, str]:
+    """A launch a step, with the next batch on its way to the device while the step runs."""
+    step, carry = make_step(workload)
+    jitted, stream = jax.jit(step, donate_argnums=0), Stream(workload)
+
+    def ahead() -> Iterator[Any]:
+        waiting: Any = None
+        for batch in stream:
+            following = jax.device_put(batch)
+            if waiting is not None:
+                yield waiting
+            waiting = following
+        yield waiting
+
+    def train(epochs: int) -> float:
+        nonlocal carry
+        losses: list[jax.Array] = []
+        for _ in range(epochs):
+            losses = []
+            for batch in ahead():
+                carry, (loss, _) = jitted(carry, batch)
+                losses.append(loss)
+        return float(np.mean(jax.device_get(losses)))
+
+    return train, ""
+
+
+def by_torch(workload: Workload) -> tuple[Train, str]:
+    from benchmarks.compare import by_torch as torch_side
+
+    return torch_side.trainer(workload, loader=dataloader(workload))
+
+
+def dataloader(workload: Workload) -> Any:
+    """torch's own, in this process, as it comes."""
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from benchmarks.compare.torch_models import tensors
+
+    return DataLoader(TensorDataset(*tensors(workload.model, workload.data())), workload.batch_size)
