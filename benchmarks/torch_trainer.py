@@ -150,8 +150,8 @@ class Trainer:
         return {f"train_{name}": float(total) / batches for name, total in sums.items()}
 
     def _forward(self, inputs: Any, targets: Any) -> tuple[Any, torch.Tensor]:
-        precision = torch.autocast("cpu", torch.bfloat16) if self.use_amp else contextlib.nullcontext()
-        with precision:
+        device = self._parameters[0].device.type
+        with torch.autocast(device, torch.bfloat16) if self.use_amp else contextlib.nullcontext():
             outputs = self.model(inputs)
             return outputs, self.criterion(outputs, targets)
 
