@@ -11,7 +11,9 @@ import jax
 # The time that a launch should take: short enough for Ctrl-C and a progress bar, long enough to cost nothing.
 LAUNCH_SECONDS = 0.1
 
-# How many times that much work may be under way: while one launch runs, the next one's batches are made.
+# Launches are waited for in groups that take at least so long, and no more groups may be under way: while one runs, the
+# next one's batches are made. Much further ahead, they would have left the processor's caches when they are used.
+GROUP_SECONDS = 0.003
 MAX_IN_FLIGHT = 2
 
 
@@ -31,10 +33,10 @@ class Pace:
     def launched(self, steps: int, log: jax.Array) -> None:
         """Note a launch of so many steps, and one of its logs.
 
-        Every ``self.steps`` steps, wait for those before the last ``MAX_IN_FLIGHT`` times as many.
+        Every ``GROUP_SECONDS`` of work, wait for the steps before the last ``MAX_IN_FLIGHT`` groups.
         """
         self._new_steps += steps
-        if self._new_steps < self.steps:
+        if self._new_steps < self.steps * GROUP_SECONDS / LAUNCH_SECONDS:
             return
         self._under_way.append((log, self._new_steps))
         self._new_steps = 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from ant_jax._callback import Callback
@@ -46,41 +48,50 @@ def log_progress(
     every = check_count("log_progress", "every", every, unit="batches")
     check_function("log_progress", "printer", printer, "line", optional=True)
     check_function("log_progress", "clock", clock)
-    lines = _Lines(every, clock, printer or print_beside_bars)  # no part of the run's state, so no memory keeps it
+    # No part of the run's state, so no memory keeps them.
+    lines = _Lines(printer or print_beside_bars)
+    batches = [_Batches(every, clock)]  # those of the epoch under way
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
-        lines.begin_epoch(state.batch_idx)
+        batches[0] = _Batches(every, clock, state.batch_idx)
         return state, logs
 
     def on_epoch_begin(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
-        lines.begin_epoch()
-        lines.say(f"epoch {epoch + 1}/{trainer.num_epochs}")
+        batches[0] = _Batches(every, clock)
+        text = f"epoch {epoch + 1}/{trainer.num_epochs}"
+        lines.add(lambda: [text], logs)
         return state, logs
 
     def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
         del batch_idx
-        lines.look(logs, trainer.steps_per_epoch)
+        lines.catch_up()  # what was launched before the last look has run by now
+        total = f"/{trainer.steps_per_epoch}" if trainer.steps_per_epoch else ""
+        lines.add(functools.partial(batches[0].lines, logs, total), logs)
         return state, logs
 
     def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
-        lines.finish()
+        lines.add(batches[0].finished(), logs)
         return state, logs
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
-        lines.finish()
-        lines.say(f"epoch {epoch + 1}/{trainer.num_epochs} took {lines.seconds():.2f} s: {_in_words(logs)}")
+        lines.add(batches[0].finished(), {})
+        place, seconds = f"epoch {epoch + 1}/{trainer.num_epochs}", batches[0].seconds()
+        lines.add(lambda: [f"{place} took {seconds:.2f} s: {_in_words(logs)}"], logs)
         return state, logs
 
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
+        lines.catch_up()
         if state.stop:
-            lines.say(f"stopped after epoch {state.epoch} of {trainer.num_epochs}, as a callback asked")
+            text = f"stopped after epoch {state.epoch} of {trainer.num_epochs}, as a callback asked"
+            lines.add(lambda: [text], {})
         return state, logs
 
     def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
         del exception, trainer
-        lines.finish()
+        lines.add(batches[0].finished(), {})
+        lines.catch_up()
         return state, logs
 
     return Callback(
@@ -97,43 +108,54 @@ def log_progress(
 
 
 class _Lines:
-    """Collects the logs of batches as they pass, and prints a line for every so many."""
+    """Prints lines in their order; those whose numbers are yet to be computed when it is next told to catch up.
 
-    def __init__(self, every: int, clock: Callable[[], float], printer: Callable[[str], Any]):
-        self._every, self._clock, self.say = every, clock, printer
-        self.begin_epoch()
+    Reading numbers that are not there waits for the device, and then the device for its next launch.
+    """
 
-    def begin_epoch(self, batches_done: int = 0) -> None:
-        self._began = self._line_began = self._read_at = self._ended = self._clock()
-        self._done, self._total = batches_done, ""
-        self._waiting: Any = None
+    def __init__(self, printer: Callable[[str], Any]):
+        self._printer = printer
+        self._waiting: list[Callable[[], Iterable[str]]] = []
+
+    def add(self, lines: Callable[[], Iterable[str]], needed: Mapping[str, Any]) -> None:
+        """Print lines: at once if nothing else waits, and what they need is there."""
+        waits = bool(self._waiting) or not all(_is_ready(value) for value in needed.values())
+        self._waiting.append(lines)
+        if not waits:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Print all that waits, and wait for it."""
+        while self._waiting:
+            for line in self._waiting.pop(0)():
+                self._printer(line)
+
+
+class _Batches:
+    """Collects the logs of an epoch's batches as they pass, and makes a line of every so many."""
+
+    def __init__(self, every: int, clock: Callable[[], float], done: int = 0):
+        self._every, self._clock = every, clock
+        self._began = self._line_began = self._read_at = self._ended = clock()
+        self._over_at: float | None = None
+        self._done, self._total = done, ""
         self._parts: list[dict[str, np.ndarray]] = []  # the logs of the next line
-
-    def look(self, logs: Any, steps_per_epoch: int | None) -> None:
-        # Reading logs that are not there yet waits for the device, and then the device for its next launch. So what was
-        # launched last is read at the next look, by when it has run.
-        self._read()
-        self._waiting, self._total = logs, f"/{steps_per_epoch}" if steps_per_epoch else ""
-        if logs["loss"].is_ready():
-            self._read()
-
-    def finish(self) -> None:
-        """Print what there is; the last line of an epoch may stand for fewer batches."""
-        self._read()
-        if self._parts:
-            self._print()
 
     def seconds(self) -> float:
         """Since the epoch began."""
         return self._clock() - self._began
 
-    def _read(self) -> None:
-        if self._waiting is None:
-            return
-        logs, self._waiting = self._waiting, None
+    def finished(self) -> Callable[[], Iterable[str]]:
+        """Note that no more batches follow; returns what makes the last line, which may stand for fewer."""
+        if self._over_at is None:
+            self._over_at = self._clock()
+        return lambda: [self._line()] if self._parts else []
+
+    def lines(self, logs: Any, total: str) -> Iterator[str]:
+        """The lines that the batches of a look complete."""
         window = {name: values for name, values in logs.window.items() if np.ndim(values) == 1}
-        count, before = len(window["loss"]), self._read_at
-        self._read_at = self._clock()
+        count, before, self._total = len(window["loss"]), self._read_at, total
+        self._read_at = self._clock() if self._over_at is None else self._over_at
         start = 0
         while start < count:
             end = min(count, start + self._every - (self._done % self._every))
@@ -141,16 +163,20 @@ class _Lines:
             self._done += end - start
             self._ended = before + (self._read_at - before) * end / count
             if self._done % self._every == 0:
-                self._print()
+                yield self._line()
             start = end
 
-    def _print(self) -> None:
+    def _line(self) -> str:
         parts, self._parts = self._parts, []
         values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         rate = sum(values.pop("batch_size")) / max(self._ended - self._line_began, 1e-9)
         means = {name: np.mean(of_batches) for name, of_batches in values.items()}
         self._line_began = self._ended
-        self.say(f"  batch {self._done}{self._total}: {_in_words(means)} ({rate:,.0f} examples/s)")
+        return f"  batch {self._done}{self._total}: {_in_words(means)} ({rate:,.0f} examples/s)"
+
+
+def _is_ready(value: Any) -> bool:
+    return not isinstance(value, jax.Array) or value.is_ready()
 
 
 def _in_words(values: Mapping[str, Any]) -> str:
