@@ -11,16 +11,16 @@ import lightning
 import torch
 
 from benchmarks.compare.peers import Train, fastest
-from benchmarks.compare.torch_models import Batches, cross_entropy, module
+from benchmarks.compare.torch_models import Batches, cross_entropy, dataloader, module
 from benchmarks.compare.workloads import LEARNING_RATE, MAX_GRAD_NORM, Workload
 
 
 class Module(lightning.LightningModule):
-    def __init__(self, workload: Workload):
+    def __init__(self, workload: Workload, usual: bool):
         super().__init__()
         self.model = module(workload.model)
         self.total: Any = 0.0
-        self.optimizer = torch.optim.Adam(self.parameters(), LEARNING_RATE, fused=True)
+        self.optimizer = torch.optim.Adam(self.parameters(), LEARNING_RATE, fused=not usual)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         inputs, targets = batch
@@ -35,11 +35,11 @@ class Module(lightning.LightningModule):
         return self.optimizer  # the same for every ``fit``
 
 
-def trainer(workload: Workload, threads: int | None = None) -> tuple[Train, str]:
-    """One ``fit`` of Lightning's for every call."""
+def trainer(workload: Workload, threads: int | None = None, usual: bool = False) -> tuple[Train, str]:
+    """One ``fit`` of Lightning's for every call; ``usual`` as for the torch trainer."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    batches = Batches(workload)
+    batches = dataloader(workload) if usual else Batches(workload)
 
     def fit(made: Module, epochs: int) -> float:
         lightning.Trainer(
@@ -53,7 +53,7 @@ def trainer(workload: Workload, threads: int | None = None) -> tuple[Train, str]
         ).fit(made, batches)
         return float(made.total) / len(batches)
 
-    trying = Module(workload)
+    trying = Module(workload, usual)
 
     def try_threads(threads: int) -> None:
         torch.set_num_threads(threads)
@@ -61,5 +61,5 @@ def trainer(workload: Workload, threads: int | None = None) -> tuple[Train, str]
 
     threads = threads or fastest(sorted({1, os.cpu_count() or 1}), try_threads)
     torch.set_num_threads(threads)
-    made = Module(workload)
+    made = Module(workload, usual)
     return (lambda epochs: fit(made, epochs)), f"{threads} threads"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from benchmarks.compare.peers import Train, fastest
-from benchmarks.compare.torch_models import Batches, cross_entropy, module
+from benchmarks.compare.torch_models import Batches, cross_entropy, dataloader, module
 from benchmarks.compare.workloads import LEARNING_RATE, MAX_GRAD_NORM, Workload
 from benchmarks.torch_trainer import Callback, Trainer
 
@@ -20,14 +19,17 @@ def trainer(
     compiled: bool = False,
     callbacks: Sequence[Callback] = (),
     threads: int | None = None,
-    loader: Any = None,
+    usual: bool = False,
 ) -> tuple[Train, str]:
-    """With the fused Adam, the fastest of torch's three, and as many threads as are best for the workload."""
-    batches = Batches(workload) if loader is None else loader
+    """With batches that lie in memory, the fused Adam, and as many threads as are best for the workload.
+
+    ``usual``: with a DataLoader and a plain Adam, as most people write it.
+    """
+    batches = dataloader(workload) if usual else Batches(workload)
 
     def made() -> Trainer:
         model = module(workload.model)
-        optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=True)
+        optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=not usual)
         return Trainer(
             torch.compile(model) if compiled else model,  # type: ignore[arg-type]
             optimizer,

@@ -56,10 +56,13 @@ PEERS = {
         Peer("fused-standard", "by hand, fused, the standard set", "by_hand:fused", {"extras": True}),
         Peer("step", "by hand, a launch a step", "by_hand:per_step"),
         Peer("torch", "torch trainer", "by_torch:trainer", {}, "torch", {"threads": 1}),
+        Peer("torch-usual", "torch trainer, DataLoader and plain Adam", "by_torch:trainer", {"usual": True}, "torch"),
         Peer("torch-deferred", "torch trainer, loss read once an epoch", "by_torch:trainer", DEFERRED, "torch"),
         Peer("torch-compile", "the same, torch.compile", "by_torch:trainer", {**DEFERRED, "compiled": True}, "torch",
              {"threads": 1}),
         Peer("lightning", "Lightning", "by_lightning:trainer", {}, "lightning", {"threads": 1}),
+        Peer("lightning-usual", "Lightning, DataLoader and plain Adam", "by_lightning:trainer", {"usual": True},
+             "lightning"),
         Peer("keras", "Keras on JAX, its best", "by_keras:model", {}, "keras", {"steps_per_execution": 1}),
         *(
             Peer(f"ant-{kind}-{count}", f"ant_jax, {count} {words}", "callbacks:by_ant", {"kind": kind, "count": count})
@@ -75,7 +78,6 @@ PEERS = {
         Peer("ant-dataloader", "ant_jax, from a torch DataLoader", "streaming:from_dataloader", {}, "torch"),
         Peer("ant-grain", "ant_jax, from Grain", "streaming:from_grain", {}, "grain"),
         Peer("prefetched", "by hand, one batch ahead, the same loader of numpy arrays", "streaming:by_hand"),
-        Peer("torch-dataloader", "torch trainer, from a DataLoader", "streaming:by_torch", {}, "torch"),
     )
 }  # fmt: skip
 

@@ -16,14 +16,18 @@ PACKAGES = ("torch", "lightning", "keras")
 TARGETS = {
     "digits": [
         ("torch", "ant", "at least", 25.0),
+        ("torch-usual", "ant", "at least", 25.0),
         ("lightning", "ant", "at least", 40.0),
+        ("lightning-usual", "ant", "at least", 40.0),
         ("keras", "ant", "at least", 2.5),
         ("ant", "fused", "at most", 1.05),
         ("ant-standard", "fused-standard", "at most", 1.10),
     ],
-    "tiny": [("torch", "ant", "at least", 60.0)],
+    "tiny": [("torch", "ant", "at least", 60.0), ("torch-usual", "ant", "at least", 60.0)],
     "cnn": [("ant", "better by hand", "at most", 1.03), ("ant", "torch", "at most", 1.0)],
     "transformer": [("ant", "better by hand", "at most", 1.03), ("ant", "torch", "at most", 1.0)],
+    "callbacks": [("ant-100-1", "ant", "at most", 1.01)],
+    "streaming": [("ant-numpy", "prefetched", "at most", 1.15)],
 }
 
 

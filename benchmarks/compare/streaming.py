@@ -35,6 +35,8 @@ def from_numpy(workload: Workload) -> tuple[Train, str]:
 
 
 def from_dataloader(workload: Workload) -> tuple[Train, str]:
+    from benchmarks.compare.torch_models import dataloader
+
     return by_trainer.trainer(workload, loader=dataloader(workload))
 
 
@@ -70,18 +72,3 @@ def by_hand(workload: Workload) -> tuple[Train, str]:
         return float(np.mean(jax.device_get(losses)))
 
     return train, ""
-
-
-def by_torch(workload: Workload) -> tuple[Train, str]:
-    from benchmarks.compare import by_torch as torch_side
-
-    return torch_side.trainer(workload, loader=dataloader(workload))
-
-
-def dataloader(workload: Workload) -> Any:
-    """torch's own, in this process, as it comes."""
-    from torch.utils.data import DataLoader, TensorDataset
-
-    from benchmarks.compare.torch_models import tensors
-
-    return DataLoader(TensorDataset(*tensors(workload.model, workload.data())), workload.batch_size)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from ant_jax.interop.torch import to_state_dict
 from benchmarks.compare import workloads
@@ -116,3 +117,8 @@ class Batches:
 
     def __iter__(self):
         return iter(zip(self._inputs.split(self._size), self._targets.split(self._size), strict=True))
+
+
+def dataloader(workload: workloads.Workload) -> DataLoader[Any]:
+    """The same batches out of torch's own loader, in this process."""
+    return DataLoader(TensorDataset(*tensors(workload.model, workload.data())), workload.batch_size)

@@ -21,15 +21,15 @@ LEARNING_RATE, MAX_GRAD_NORM = 1e-3, 1.0  # Adam, and the norm that gradients ar
 
 
 TRAINERS = (
-    "ant", "ant-standard", "fused", "fused-standard", "step", "torch", "torch-deferred", "torch-compile", "lightning",
-    "keras",
+    "ant", "ant-standard", "fused", "fused-standard", "step", "torch", "torch-deferred", "torch-compile", "torch-usual",
+    "lightning", "lightning-usual", "keras",
 )  # fmt: skip
 COUNTS = (1, 8, 32)  # of callbacks
 CALLBACKS = (
     "ant", *(f"ant-{kind}-{count}" for kind in ("traced", "100", "each") for count in COUNTS),
     "torch", *(f"torch-each-{count}" for count in COUNTS),
 )  # fmt: skip
-LOADERS = ("ant", "ant-numpy", "ant-dataloader", "ant-grain", "prefetched", "torch", "torch-dataloader")
+LOADERS = ("ant", "ant-numpy", "ant-dataloader", "ant-grain", "prefetched", "torch", "torch-usual")
 FEW = ("ant", "fused", "torch")
 
 
