@@ -356,7 +356,7 @@ def slow_in_loops(jaxpr: Any) -> bool:
     """Whether a step must not run inside an XLA loop, by a rule that always gives the same answer.
 
     XLA's CPU backend runs a convolution inside a loop or a branch several times slower than outside;
-    ``benchmarks/trainer.py`` measures it.
+    ``python -m benchmarks.compare --workloads cnn`` measures it.
     """
     return jax.default_backend() == "cpu" and _contains(jaxpr, "conv_general_dilated")
 

@@ -11,9 +11,9 @@ import jax
 # The time that a launch should take: short enough for Ctrl-C and a progress bar, long enough to cost nothing.
 LAUNCH_SECONDS = 0.1
 
-# Launches are waited for in groups that take at least so long, and no more groups may be under way: while one runs, the
-# next one's batches are made. Much further ahead, they would have left the processor's caches when they are used.
-GROUP_SECONDS = 0.003
+# Launches are waited for in groups of so many seconds, and no more groups may be under way: while one runs, the next
+# one's batches are made. On a CPU, batches made much further ahead have left its caches when they are used.
+GROUP_SECONDS = {"cpu": 0.003}
 MAX_IN_FLIGHT = 2
 
 
@@ -26,6 +26,7 @@ class Pace:
 
     def __init__(self):
         self.steps = 1
+        self._group = GROUP_SECONDS.get(jax.default_backend(), LAUNCH_SECONDS) / LAUNCH_SECONDS
         self._new_steps = 0
         self._under_way: collections.deque[tuple[jax.Array, int]] = collections.deque()
         self._finished_at: float | None = None
@@ -33,10 +34,10 @@ class Pace:
     def launched(self, steps: int, log: jax.Array) -> None:
         """Note a launch of so many steps, and one of its logs.
 
-        Every ``GROUP_SECONDS`` of work, wait for the steps before the last ``MAX_IN_FLIGHT`` groups.
+        After every group of steps, wait for those before the last ``MAX_IN_FLIGHT`` groups.
         """
         self._new_steps += steps
-        if self._new_steps < self.steps * GROUP_SECONDS / LAUNCH_SECONDS:
+        if self._new_steps < self.steps * self._group:
             return
         self._under_way.append((log, self._new_steps))
         self._new_steps = 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import os
 import platform
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import flax
@@ -40,8 +42,8 @@ def timed(function: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - start, result
 
 
-def machine() -> dict[str, Any]:
-    """When and on what the figures were made; printed, too."""
+def machine(*packages: str) -> dict[str, Any]:
+    """When and on what the figures were made, with the versions of further packages, if installed; printed, too."""
     found = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.local_device_count()} "
@@ -51,6 +53,7 @@ def machine() -> dict[str, Any]:
         "flax": flax.__version__,
         "optax": optax.__version__,
     }
+    found |= {name: version(name) for name in packages if importlib.util.find_spec(name)}
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     return found
 

@@ -39,7 +39,7 @@ def make_step(workload: Workload, extras: bool = False) -> tuple[Callable[..., A
     return step, jax.tree.map(jnp.copy, (params, optimizer.init(params), params if extras else None))
 
 
-def fused(workload: Workload, extras: bool = False) -> tuple[Train, str]:
+def fused(workload: Workload, extras: bool = False) -> Train:
     """All steps of an epoch in one launch; state and batches are on the device before the clock starts."""
     step, carry = make_step(workload, extras)
     epoch = jax.jit(functools.partial(jax.lax.scan, step), donate_argnums=0)
@@ -52,10 +52,10 @@ def fused(workload: Workload, extras: bool = False) -> tuple[Train, str]:
             carry, (losses, _) = epoch(carry, batches)
         return float(losses.mean())
 
-    return train, ""
+    return train
 
 
-def per_step(workload: Workload) -> tuple[Train, str]:
+def per_step(workload: Workload) -> Train:
     """One launch a step; each batch goes from numpy to the device as the loop comes to it."""
     step, carry = make_step(workload)
     jitted = jax.jit(step, donate_argnums=0)
@@ -71,4 +71,4 @@ def per_step(workload: Workload) -> tuple[Train, str]:
                 losses.append(loss)
         return float(np.mean(jax.device_get(losses)))
 
-    return train, ""
+    return train

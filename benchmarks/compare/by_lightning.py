@@ -1,16 +1,15 @@
-"""Lightning, with everything switched off that a benchmark can do without."""
+"""Lightning, barebones, which is its own word for what to measure its loop with."""
 
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from typing import Any
 
 import lightning
 import torch
 
-from benchmarks.compare.peers import Train, fastest
+from benchmarks.compare.peers import Train
 from benchmarks.compare.torch_models import Batches, cross_entropy, dataloader, module
 from benchmarks.compare.workloads import LEARNING_RATE, MAX_GRAD_NORM, Workload
 
@@ -35,31 +34,18 @@ class Module(lightning.LightningModule):
         return self.optimizer  # the same for every ``fit``
 
 
-def trainer(workload: Workload, threads: int | None = None, usual: bool = False) -> tuple[Train, str]:
-    """One ``fit`` of Lightning's for every call; ``usual`` as for the torch trainer."""
+def trainer(workload: Workload, threads: int = 1, usual: bool = False) -> Train:
+    """One ``fit`` of Lightning's, with nothing around the loop, for every call; ``usual`` as for the torch trainer."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    torch.set_num_threads(threads)
     batches = dataloader(workload) if usual else Batches(workload)
+    made = Module(workload, usual)
 
-    def fit(made: Module, epochs: int) -> float:
-        lightning.Trainer(
-            accelerator="cpu",
-            max_epochs=epochs,
-            gradient_clip_val=MAX_GRAD_NORM,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).fit(made, batches)
+    def train(epochs: int) -> float:
+        lightning.Trainer(accelerator="cpu", barebones=True, max_epochs=epochs, gradient_clip_val=MAX_GRAD_NORM).fit(
+            made, batches
+        )
         return float(made.total) / len(batches)
 
-    trying = Module(workload, usual)
-
-    def try_threads(threads: int) -> None:
-        torch.set_num_threads(threads)
-        fit(trying, 1)
-
-    threads = threads or fastest(sorted({1, os.cpu_count() or 1}), try_threads)
-    torch.set_num_threads(threads)
-    made = Module(workload, usual)
-    return (lambda epochs: fit(made, epochs)), f"{threads} threads"
+    return train

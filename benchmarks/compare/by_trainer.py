@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def trainer(workload: Workload, callbacks: Sequence[ant.Callback] = (), loader: Any = None) -> tuple[Train, str]:
+def trainer(workload: Workload, callbacks: Sequence[ant.Callback] = (), loader: Any = None) -> Train:
     """A plain ``fit`` with gradient clipping, and any callbacks."""
     made = ant.Trainer(
         linen(workload.model),
@@ -42,10 +42,10 @@ def trainer(workload: Workload, callbacks: Sequence[ant.Callback] = (), loader: 
         state, history = made.fit(state, loader, num_epochs=state.epoch + epochs)
         return history[-1]["train_loss"]
 
-    return train, ""
+    return train
 
 
-def standard(workload: Workload) -> tuple[Train, str]:
+def standard(workload: Workload) -> Train:
     """What most people add: the gradient's norm, an average of the weights, a line every 100 batches, a bar."""
     return trainer(
         workload,

@@ -12,7 +12,7 @@ from benchmarks.compare.peers import Train
 from benchmarks.compare.workloads import Workload
 
 
-def by_ant(workload: Workload, kind: str, count: int) -> tuple[Train, str]:
+def by_ant(workload: Workload, kind: str, count: int) -> Train:
     """So many callbacks of a kind."""
     make = {"traced": traced, "100": lambda name: on_host(name, 100), "each": lambda name: on_host(name, 1)}[kind]
     return by_trainer.trainer(workload, [make(f"callback_{i}") for i in range(count)])
@@ -33,7 +33,7 @@ def on_host(name: str, every: int) -> ant.Callback:
     return ant.Callback(name=name, every=every, on_batch_end=lambda batch_idx, trainer, state, logs: (state, logs))
 
 
-def by_torch(workload: Workload, count: int) -> tuple[Train, str]:
+def by_torch(workload: Workload, count: int) -> Train:
     """So many callbacks of the torch trainer, which do nothing at every batch."""
     from benchmarks.compare import by_torch as torch_side
     from benchmarks.torch_trainer import Callback

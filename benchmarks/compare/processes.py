@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from benchmarks.compare.peers import PEERS, Peer
 from benchmarks.compare.workloads import Workload
 
 
-TOLERANCE = 1e-3  # of the mean loss of the first epoch, relative; rounding makes trainings part slowly
+# How far from the others' the mean losses of the first and of the second epoch may be, relatively: rounding makes
+# trainings part, slowly at first.
+TOLERANCES = (1e-3, 1e-2)
 
 
 class PeerFailed(Exception):
@@ -32,30 +35,30 @@ class Worker:
     Args:
         workload: that it trains.
         peer: what runs there.
+        settings: those of its choice; ``"choose"``: it only finds out which are best.
     """
 
-    def __init__(self, workload: Workload, peer: Peer):
-        self.peer = peer
+    def __init__(self, workload: Workload, peer: Peer, settings: dict[str, Any] | str):
+        self.peer, self.settings = peer, settings
         self._errors = tempfile.TemporaryFile("w+")
+        words = settings if isinstance(settings, str) else json.dumps(settings)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.compare.worker", workload.name, peer.name, str(workload.steps)],
+            [sys.executable, "-m", "benchmarks.compare.worker", workload.name, peer.name, str(workload.steps), words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
         )
         self.began = self._answer()
-        self.times: list[float] = []
-        self.peak_mb = 0.0
+        self.runs: list[dict[str, float]] = []
 
     def run(self) -> None:
         """Have it train for a timed run."""
         assert self._process.stdin is not None
         self._process.stdin.write("run\n")
         self._process.stdin.flush()
-        answer = self._answer()
-        self.times.append(answer["seconds"])
-        self.peak_mb = answer["peak_mb"]
+        self.runs.append(self._answer())
 
     def end(self) -> None:
         assert self._process.stdin is not None
@@ -89,17 +92,19 @@ def measured(
         tell: told what is under way.
 
     Returns:
-        The results by peer.
+        The results by peer, of those that did not fail.
 
     Raises:
-        PeerFailed: one has ended before its time.
         OtherTraining: one trains otherwise than the others.
     """
     workers: list[Worker] = []
     try:
         for name in names:
             tell(f"{workload.name}: {name} starts")
-            workers.append(Worker(workload, PEERS[name]))
+            try:
+                workers.append(Worker(workload, PEERS[name], best_settings(workload, PEERS[name])))
+            except PeerFailed as failure:
+                print(f"{workload.name} without {name}: {failure}", file=sys.stderr)
         apart = refuse_other_trainings(workload, workers)
         for number in range(rounds + 1):
             for worker in workers[:: 1 if number % 2 else -1]:
@@ -108,35 +113,41 @@ def measured(
     finally:
         for worker in workers:
             worker.end()
-    steps = workload.steps * workload.epochs
-    return {worker.peer.name: summary(worker, steps, apart[worker.peer.name]) for worker in workers}
+    return {worker.peer.name: summary(worker, apart[worker.peer.name]) for worker in workers}
+
+
+def best_settings(workload: Workload, peer: Peer) -> dict[str, Any]:
+    """Have a process of its own find them out, so that what it tries leaves nothing in the one that is measured."""
+    if peer.choice is None:
+        return {}
+    chooser = Worker(workload, peer, "choose")
+    chooser.end()
+    return chooser.began
 
 
 def refuse_other_trainings(workload: Workload, workers: list[Worker]) -> dict[str, float]:
-    """How far each peer's loss is from the median of all, after it is clear that none is far."""
-    middle = [statistics.median(worker.began["losses"][i] for worker in workers) for i in range(2)]
-    apart = {
-        worker.peer.name: [abs(loss / m - 1) for loss, m in zip(worker.began["losses"], middle, strict=True)]
-        for worker in workers
-    }
-    for name, (first, _) in apart.items():
-        if first > TOLERANCE:
-            raise OtherTraining(
-                f"{name} trains something else on {workload.name}: its mean loss of the first epoch is {first:.2%} "
-                f"from the others' {middle[0]:.6f}"
-            )
-    return {name: max(both) for name, both in apart.items()}
+    """How far each peer's losses are from the median of all, at most, after it is clear that none is far."""
+    found: dict[str, float] = {}
+    for epoch, tolerance in enumerate(TOLERANCES):
+        middle = statistics.median([worker.began["losses"][epoch] for worker in workers])
+        for worker in workers:
+            loss = worker.began["losses"][epoch]
+            apart = abs(loss / middle - 1)
+            if not apart <= tolerance:  # nor NaN
+                raise OtherTraining(
+                    f"{worker.peer.name} trains something else on {workload.name}: its mean loss of epoch {epoch + 1} "
+                    f"is {loss:.6f}, and that of the others {middle:.6f}"
+                )
+            found[worker.peer.name] = max(apart, found.get(worker.peer.name, 0.0))
+    return found
 
 
-def summary(worker: Worker, steps: int, apart: float) -> dict[str, Any]:
-    times = [1e6 * seconds / steps for seconds in worker.times[1:]]  # the first lets a trainer find its pace
-    low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+def summary(worker: Worker, apart: float) -> dict[str, Any]:
+    runs = worker.runs[1:]  # the first lets a trainer find its pace
     return {
         "label": worker.peer.label,
-        "us_a_step": round(middle, 2),
-        "quartiles": [round(low, 2), round(high, 2)],
-        "runs": len(times),
-        "peak_mb": round(worker.peak_mb),
+        "us_a_step": [round(run["us_a_step"], 3) for run in runs],
+        "peak_mb": round(runs[-1]["peak_mb"]),
         "loss_apart": float(f"{apart:.1e}"),
-        "chosen": worker.began["chosen"],
+        "chosen": worker.settings,
     }

@@ -30,24 +30,24 @@ class Stream:
             yield inputs[rows], targets[rows]
 
 
-def from_numpy(workload: Workload) -> tuple[Train, str]:
+def from_numpy(workload: Workload) -> Train:
     return by_trainer.trainer(workload, loader=Stream(workload))
 
 
-def from_dataloader(workload: Workload) -> tuple[Train, str]:
+def from_dataloader(workload: Workload) -> Train:
     from benchmarks.compare.torch_models import dataloader
 
     return by_trainer.trainer(workload, loader=dataloader(workload))
 
 
-def from_grain(workload: Workload) -> tuple[Train, str]:
+def from_grain(workload: Workload) -> Train:
     import grain
 
     examples = grain.MapDataset.source(workload.examples())
     return by_trainer.trainer(workload, loader=examples.batch(workload.batch_size).to_iter_dataset())
 
 
-def by_hand(workload: Workload) -> tuple[Train, str]:
+def by_hand(workload: Workload) -> Train:
     """A launch a step, with the next batch on its way to the device while the step runs."""
     step, carry = make_step(workload)
     jitted, stream = jax.jit(step, donate_argnums=0), Stream(workload)
@@ -71,4 +71,4 @@ def by_hand(workload: Workload) -> tuple[Train, str]:
                 losses.append(loss)
         return float(np.mean(jax.device_get(losses)))
 
-    return train, ""
+    return train

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from ant_jax.interop.torch import to_state_dict
 from benchmarks.compare import workloads
 from benchmarks.compare.workloads import weights
 
@@ -23,8 +24,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         for name in self.names[:-1]:
-            x = F.relu(self._modules[name](x))  # type: ignore[misc]
-        return self._modules[self.names[-1]](x)  # type: ignore[misc]
+            x = F.relu(self.get_submodule(name)(x))
+        return self.get_submodule(self.names[-1])(x)
 
 
 class CNN(nn.Module):
@@ -51,13 +52,11 @@ class Block(nn.Module):
 
     def forward(self, x):
         norm = self.attention_norm(x)
-        heads = (layer(norm).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in self._projections())
+        projected = (self.query(norm), self.key(norm), self.value(norm))
+        heads = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in projected)
         attended = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2)
         x = x + self.out(attended)
         return x + self.narrow(F.gelu(self.wide(self.mlp_norm(x)), approximate="tanh"))
-
-    def _projections(self):
-        return self.query, self.key, self.value
 
 
 class Transformer(nn.Module):
@@ -74,7 +73,7 @@ class Transformer(nn.Module):
     def forward(self, tokens):
         x = self.tokens(tokens) + self.positions(self.places)
         for name in self.blocks:
-            x = self._modules[name](x)  # type: ignore[misc]
+            x = self.get_submodule(name)(x)
         return self.logits(self.norm(x))
 
 
@@ -87,9 +86,25 @@ def module(model: workloads.Model) -> nn.Module:
             made = CNN(model)
         case workloads.Transformer():
             made = Transformer(model)
-    flattened = {"dense": model.flat} if isinstance(model, workloads.CNN) else None
-    made.load_state_dict(to_state_dict(weights(model), like=made.state_dict(), flattened=flattened))
+    made.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in in_torch(model, weights(model))})
     return made
+
+
+def in_torch(model: workloads.Model, tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """The weights with torch's names and layouts. (Not by ``ant_jax.interop``: torch's process is to import torch.)"""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from in_torch(model, value, f"{prefix}{name}.")
+        elif name == "kernel" and value.ndim == 4:
+            yield f"{prefix}weight", value.transpose(3, 2, 0, 1)
+        elif name == "kernel" and isinstance(model, workloads.CNN):
+            channels, height, width = model.flat  # which torch flattens in this order, and JAX with the channels last
+            by_place = value.reshape(height, width, channels, -1).transpose(2, 0, 1, 3)
+            yield f"{prefix}weight", by_place.reshape(value.shape).T
+        elif name == "kernel":
+            yield f"{prefix}weight", value.T
+        else:
+            yield f"{prefix}{'bias' if name == 'bias' else 'weight'}", value
 
 
 def cross_entropy(outputs: Any, targets: Any) -> torch.Tensor:

@@ -26,7 +26,7 @@ TRAINERS = (
 )  # fmt: skip
 COUNTS = (1, 8, 32)  # of callbacks
 CALLBACKS = (
-    "ant", *(f"ant-{kind}-{count}" for kind in ("traced", "100", "each") for count in COUNTS),
+    "ant", "step", *(f"ant-{kind}-{count}" for kind in ("traced", "100", "each") for count in COUNTS),
     "torch", *(f"torch-each-{count}" for count in COUNTS),
 )  # fmt: skip
 LOADERS = ("ant", "ant-numpy", "ant-dataloader", "ant-grain", "prefetched", "torch", "torch-usual")
@@ -81,7 +81,6 @@ class Workload:
         steps: of an epoch.
         make_data: ``make_data(examples)`` returns inputs and integer targets.
         peers: who trains it, by name.
-        epochs: of a timed run.
     """
 
     name: str
@@ -91,7 +90,6 @@ class Workload:
     steps: int
     make_data: Callable[[Model, int], Arrays]
     peers: tuple[str, ...] = TRAINERS
-    epochs: int = 5
 
     def data(self) -> Arrays:
         """The arrays of an epoch."""
@@ -151,9 +149,9 @@ WORKLOADS = {
         Workload("digits", "64-64-10 MLP on digits, batch 32: small", MLP((64, 64, 10)), 32, 1000, digits),
         Workload("medium-32", "784-128-10 MLP, batch 32", MLP((784, 128, 10)), 32, 300, noise),
         Workload("medium-512", "784-128-10 MLP, batch 512", MLP((784, 128, 10)), 512, 60, noise),
-        Workload("cnn", "CNN 28x28, batch 32: the trap on a CPU", CNN(), 32, 30, noise, epochs=2),
+        Workload("cnn", "CNN 28x28, batch 32: the trap on a CPU", CNN(), 32, 30, noise),
         Workload("transformer", "byte transformer, d=64, 2 layers, T=64, batch 16", Transformer(), 16, 30,
-                 library_source, epochs=2),
+                 library_source),
         mlp_on_noise("callbacks", "callbacks on the 64-64-10 MLP: so many in the step, on the host every 100 batches, "
                      "on the host at every batch; torch's at every batch", peers=CALLBACKS),
         mlp_on_noise("streaming", "the 64-64-10 MLP, its batches from a loader, or from memory", peers=LOADERS),
