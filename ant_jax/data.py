@@ -68,7 +68,7 @@ class ArrayLoader:
         whole, rest = self.left(0)
         return whole + bool(rest)
 
-    @property
+    @functools.cached_property  # every epoch asks for it
     def description(self) -> dict[str, Any]:
         """What fixes the batches, as JSON; see :func:`description_of`."""
         some = np.linspace(0, self._examples - 1, num=16).astype(int)
@@ -90,6 +90,7 @@ class ArrayLoader:
         [[0, 1, 2], [3, 4]]
         """
         other = copy.copy(self)
+        vars(other).pop("description", None)
         other._set_batch_size(batch_size)
         return other
 

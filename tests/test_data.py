@@ -232,3 +232,9 @@ def test_ahead_raises_when_the_item_is_asked_for():
 def test_a_slow_loader_is_not_waited_for_until_the_chunk_is_full():
     feed = Feed(batches(6), "loader")
     assert [chunk.filled for chunk in feed.chunks(4, seconds=-1.0)] == [1] * 6
+
+
+def test_a_loader_with_another_batch_size_describes_itself():
+    loader = ant.ArrayLoader(np.arange(6), batch_size=2)
+    assert loader.description["batch_size"] == 2
+    assert loader.with_batch_size(3).description == {**loader.description, "batch_size": 3}
