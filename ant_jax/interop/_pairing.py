@@ -1,4 +1,13 @@
-"""Pair the parameters of torch with the leaves of JAX: all of them, or none."""
+"""Pair the parameters of torch with the leaves of JAX: all of them, or none.
+
+Two things are not seen in shapes, and wrong outputs would be all that shows them:
+
+- *A Linear after a flatten.* Any Linear between one convolution and the next is doubtful if its inputs are a multiple
+  of the channels and more, and no Linear in between gives them; see ``_doubtful_inputs``.
+- *A transposed convolution.* That it is one is known only from the caller's ``transpose_kernel``, or from the name of
+  the JAX module if it begins with ``ConvTranspose``. Under any other name, and without a word of the caller, one with
+  as many channels in as out is taken for a convolution, and the conversion is **silently wrong**.
+"""
 
 from __future__ import annotations
 
@@ -100,26 +109,47 @@ def _layout(entry: Entry, leaf: Leaf, request: Request) -> Layout:
 
 
 def _doubtful_inputs(pairs: list[Pair], request: Request) -> Iterator[str]:
-    """Yield what is to be said of the first Linear after a convolution, which may follow a flatten.
+    """Yield what is to be said of the Linears after a convolution, each of which may follow a flatten.
 
-    The order is torch's. It is that in which modules are made, and nearly always that in which they are called.
+    The order is torch's. It is that in which modules are made, and nearly always that in which they are called. Up to
+    the next convolution every Linear is looked at: two heads may read what is flattened, and the Linears of a
+    squeeze-and-excite block may come before the one that does. An MLP's later Linears are told from these by what the
+    Linears before them give, see ``_may_be_flattened``.
     """
     convolution, normalized = None, None
+    flat, given = set[int](), set[int]()  # sizes of what is flattened after the convolution, and of what Linears give
     for entry, leaf, _ in pairs:
         if is_convolution(leaf.name, entry.shape):
-            convolution, normalized = entry, None
+            convolution, normalized, flat, given = entry, None, set(), set()
         elif leaf.name == "scale":
-            normalized = entry
+            # What a Linear gives is no image; else no second head could follow a normalized first one of that width.
+            normalized = None if entry.shape in [(size,) for size in given] else entry
         elif is_linear(leaf.name, entry.shape) and convolution is not None:
-            yield from _doubts_of(entry, convolution, normalized, request)
-            convolution = None
+            outputs, inputs = entry.shape
+            channels = convolution.shape[1 if convolution.path[:-1] in request.transpose_kernel else 0]
+            is_doubtful = _may_be_flattened(inputs, channels, flat, given) and not request.says_inputs_of(entry)
+            if is_doubtful or request.flattened.get(entry.path[:-1]):
+                yield from _doubts_of(entry, convolution, channels, normalized, request, is_doubtful)
+                flat.add(inputs)
+            given.add(outputs)
 
 
-def _doubts_of(linear: Entry, convolution: Entry, normalized: Entry | None, request: Request) -> Iterator[str]:
+def _may_be_flattened(inputs: int, channels: int, flat: set[int], given: set[int]) -> bool:
+    """Whether a Linear's inputs may be a flattened image of so many channels.
+
+    Not if a Linear after the convolution gives them, alone (an MLP) or with others (a gated unit, attention's query,
+    key and value in one) - unless the flattened image itself has that size: then nobody can know.
+    """
+    if inputs <= channels or inputs % channels:
+        return False
+    return inputs in flat or all(size % inputs for size in given)
+
+
+def _doubts_of(
+    linear: Entry, convolution: Entry, channels: int, normalized: Entry | None, request: Request, is_doubtful: bool
+) -> Iterator[str]:
     inputs, module = linear.shape[1], linear.module
-    channels = convolution.shape[1 if convolution.path[:-1] in request.transpose_kernel else 0]
     flattened = request.flattened.get(linear.path[:-1])
-    is_doubtful = inputs > channels and inputs % channels == 0 and not request.says_inputs_of(linear)
     if is_doubtful:
         yield (
             f"{linear.label}: its {inputs} inputs are {inputs // channels} for each of the {channels} channels of "
@@ -131,7 +161,7 @@ def _doubts_of(linear: Entry, convolution: Entry, normalized: Entry | None, requ
             f"{linear.label}: flattened={flattened} must be as torch has it, (C, H, W), and {convolution.module} "
             f"before it has {channels} channels"
         )
-    if (is_doubtful or flattened) and normalized is not None and normalized.shape == (inputs,):
+    if normalized is not None and normalized.shape == (inputs,):
         yield (
             f"{normalized.label}: it seems to normalize what is flattened, and is not reordered; let the JAX model "
             f"transpose to (C, H, W) before it flattens, and say flattened={{{module!r}: None}}"

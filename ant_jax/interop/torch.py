@@ -15,12 +15,15 @@ layer as the torch model is. Nothing here imports torch: a state_dict is any map
 The trap: a Linear after a flatten
     Torch flattens ``(C, H, W)``, and JAX ``(H, W, C)``. So the inputs of the Linear that follows come in another order:
     no shape differs, and **the outputs are silently wrong**. Give the shape that torch flattens:
-    ``flattened={"fc1": (C, H, W)}``. Forgetting it is an error where it can be detected: where the Linear is the first
-    after a convolution in the state_dict, and has a multiple of its channels as inputs. If nothing is flattened there,
-    or the JAX model transposes to ``(C, H, W)`` itself, say so with ``flattened={"fc1": None}``, which holds for all
-    that is below the path. It cannot be detected if the state_dict has the modules in another order than the model
-    calls them. The reverse, a Linear whose outputs torch reshapes to ``(C, H, W)``, is neither detected nor converted:
-    let the JAX model reshape them to ``(C, H, W)`` as well, and then transpose.
+    ``flattened={"fc1": (C, H, W)}``, and if two heads read it, for both. Forgetting it is an error where it can be
+    detected: where a Linear comes after a convolution in the state_dict, and has a multiple of its channels as inputs.
+    That holds for every Linear up to the next convolution, except where its inputs are what a Linear before it gives
+    (as in an MLP) or a part of that (as in a gated unit), and are not as many as what is flattened. If nothing is
+    flattened there, or the JAX model transposes to ``(C, H, W)`` itself, say so with ``flattened={"fc1": None}``, which
+    holds for all that is below the path. It cannot be detected if the state_dict has the modules in another order than
+    the model calls them, or a Linear in between happens to give as many. The reverse, a Linear whose outputs torch
+    reshapes to ``(C, H, W)``, is neither detected nor converted: let the JAX model reshape them to ``(C, H, W)`` as
+    well, and then transpose.
 
 Which layouts are known
     The JAX leaf's own name decides:
@@ -42,8 +45,10 @@ Which layouts are known
 
     A transposed convolution looks like a convolution, and if it has as many channels in as out, shapes cannot tell them
     apart. So say what flax's ``ConvTranspose`` has: ``transpose_kernel={"up": False}``, flax's default, with which the
-    kernel is reversed in space, or ``True``. Torch's ``padding=p, output_padding=o`` is ``(low, low + o)`` in flax, for
-    each spatial axis, with ``low = d * (k - 1) - p`` for a kernel of size ``k`` and dilation ``d``.
+    kernel is reversed in space, or ``True``. Forgetting it is an error if the JAX module's name begins with
+    ``ConvTranspose`` or the shapes differ. Under another name, with as many channels in as out, **the outputs are
+    silently wrong**. Torch's ``padding=p, output_padding=o`` is ``(low, low + o)`` in flax, for each spatial axis, with
+    ``low = d * (k - 1) - p`` for a kernel of size ``k`` and dilation ``d``.
 
 What has equal parameters and yet other results
     Defaults of layers, which no conversion sees (torch 2.13, flax 0.12):
@@ -110,7 +115,9 @@ def from_state_dict(
             for all that is below, unless a longer path says otherwise; ``""`` is the root, so ``{"module": ""}`` takes
             a prefix away. ``None`` leaves out what has no counterpart in JAX. A parameter's own path maps it to a leaf.
         flattened: what torch flattens, ``(C, *spatial)``, to make the inputs of a Linear, by the Linear's path.
-        transpose_kernel: by the path of torch's transposed convolutions, what flax's ``ConvTranspose`` has there.
+        transpose_kernel: by the path of torch's transposed convolutions, what flax's ``ConvTranspose`` has there. Name
+            every one: if it has as many channels in as out, and its name in JAX does not begin with ``ConvTranspose``,
+            the conversion is **silently wrong** without it.
 
     Returns:
         ``(params, model_state)``, with the structure, shapes, dtypes and shardings of the templates: a float64 or

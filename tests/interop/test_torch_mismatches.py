@@ -209,6 +209,50 @@ def test_no_flatten_is_seen_where_there_can_be_none(inputs):
     from_state_dict(weights, {"conv": module(kernel=(3, 3, 1, 4)), "fc": module(kernel=(inputs, 5))})
 
 
+def conv_and(**linears: tuple[int, int]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A convolution with 4 channels and then Linears, each ``(out, in)``, on both sides."""
+    weights = zeros(conv__weight=(4, 1, 3, 3), **{f"{name}__weight": shape for name, shape in linears.items()})
+    params = {name: module(kernel=shape[::-1]) for name, shape in linears.items()}
+    return weights, {"conv": module(kernel=(3, 3, 1, 4)), **params}
+
+
+@pytest.mark.parametrize("outputs", [5, 24, 48])  # those of the first head say nothing of the second's inputs
+def test_two_heads_on_one_flatten_must_both_be_named(outputs):
+    heads = conv_and(mean=(outputs, 24), variance=(outputs, 24))
+    text = message(ant.StateMismatch, *heads)
+    assert "mean.weight: its 24 inputs" in text and "variance.weight: its 24 inputs" in text
+    text = message(ant.StateMismatch, *heads, flattened={"mean": (4, 2, 3)})
+    assert "mean.weight" not in text and "variance.weight: its 24 inputs" in text
+    params, _ = from_state_dict(*heads, flattened={"mean": (4, 2, 3), "variance": (4, 2, 3)})
+    assert params["variance"]["kernel"].shape == (24, outputs)
+    from_state_dict(*heads, flattened={"": None})
+
+
+def test_heads_may_flatten_different_sizes():
+    text = message(ant.StateMismatch, *conv_and(policy=(5, 24), value=(1, 16)), flattened={"policy": (4, 2, 3)})
+    assert "value.weight: its 16 inputs are 4 for each" in text
+
+
+def test_a_squeeze_and_excite_block_does_not_hide_the_classifier():
+    text = message(ant.StateMismatch, *conv_and(squeeze=(2, 4), excite=(4, 2), classifier=(5, 24)))
+    assert "classifier.weight: its 24 inputs" in text and "squeeze" not in text and "excite" not in text
+
+
+@pytest.mark.parametrize(
+    "linears",
+    [
+        {"fc1": (16, 24), "fc2": (8, 16), "fc3": (5, 8)},  # an MLP on what is flattened
+        {"fc1": (16, 24), "policy": (8, 16), "value": (1, 16)},  # with two heads
+        {"fc1": (16, 24), "decode": (4, 8)},  # half of the outputs are means, half variances
+        {"fc1": (16, 4), "fc2": (8, 16), "value": (1, 16), "fc3": (5, 8)},  # on means over the pixels
+        {"qkv": (24, 4), "out": (4, 8), "gated": (32, 4), "down": (4, 16)},  # a transformer of patches
+    ],
+)
+def test_what_other_linears_give_is_no_flatten(linears):
+    weights, params = conv_and(**linears)
+    from_state_dict(weights, params, flattened={"fc1": (4, 2, 3)} if linears.get("fc1") == (16, 24) else None)
+
+
 @pytest.mark.parametrize(
     ("flattened", "expected"),
     [
@@ -233,10 +277,18 @@ def test_a_norm_of_what_is_flattened_is_refused():
     from_state_dict(weights, params, flattened={"fc1": None})
 
 
+def test_a_norm_of_what_a_head_gives_is_no_norm_of_what_is_flattened():
+    weights, params = conv_and(policy=(24, 24))
+    weights |= zeros(norm__weight=(24,), value__weight=(1, 24))
+    params |= {"norm": module(scale=(24,)), "value": module(kernel=(24, 1))}
+    from_state_dict(weights, params, flattened={"policy": (4, 2, 3), "value": (4, 2, 3)})
+
+
 def test_a_transposed_convolution_must_be_declared_where_its_name_shows_it():
     weights, params = zeros(up__weight=(2, 2, 3, 3)), {"ConvTranspose_0": module(kernel=(3, 3, 2, 2))}
     text = message(ant.StateMismatch, weights, params, names={"up": "ConvTranspose_0"})
     assert "ConvTranspose_0 is a ConvTranspose; say with transpose_kernel={'up': False}" in text
+    from_state_dict(weights, {"up": params["ConvTranspose_0"]})  # no other name shows it
     for flag in (True, False):
         from_state_dict(weights, params, names={"up": "ConvTranspose_0"}, transpose_kernel={"up": flag})
 
