@@ -58,10 +58,10 @@ VOCABULARY, LENGTH, WIDTH, HEADS = 16, 8, 16, 2
 class TorchBlock(nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH, bias=False), nn.LayerNorm(WIDTH, bias=False)
-        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
-        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH, bias=False), nn.Linear(2 * WIDTH, WIDTH, bias=False)
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.query, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.key = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, hidden):
         def split(layer):  # [batch, length, width] -> [batch, heads, length, width / heads]
@@ -80,7 +80,7 @@ class TorchTransformer(nn.Module):
         super().__init__()
         self.token, self.position = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
         self.block = TorchBlock()
-        self.norm, self.head = nn.LayerNorm(WIDTH, bias=False), nn.Linear(WIDTH, VOCABULARY)
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, tokens):
         hidden = self.token(tokens) + self.position(torch.arange(LENGTH))
@@ -91,16 +91,14 @@ class FlaxBlock(linen.Module):
     @linen.compact
     def __call__(self, hidden):
         def split(name):
-            layer = linen.Dense(WIDTH, use_bias=False, name=name)
+            layer = linen.Dense(WIDTH, use_bias=name != "key", name=name)
             return layer(normed).reshape(*hidden.shape[:2], HEADS, -1)
 
-        normed = linen.LayerNorm(epsilon=1e-5, use_bias=False, name="norm1")(hidden)
+        normed = linen.LayerNorm(epsilon=1e-5, name="norm1")(hidden)
         mixed = jax.nn.dot_product_attention(split("query"), split("key"), split("value"), is_causal=True)
-        hidden = hidden + linen.Dense(WIDTH, use_bias=False, name="out")(mixed.reshape(hidden.shape))
-        normed = linen.LayerNorm(epsilon=1e-5, use_bias=False, name="norm2")(hidden)
-        return hidden + linen.Dense(WIDTH, use_bias=False, name="down")(
-            linen.gelu(linen.Dense(2 * WIDTH, use_bias=False, name="up")(normed))
-        )
+        hidden = hidden + linen.Dense(WIDTH, name="out")(mixed.reshape(hidden.shape))
+        normed = linen.LayerNorm(epsilon=1e-5, name="norm2")(hidden)
+        return hidden + linen.Dense(WIDTH, name="down")(linen.gelu(linen.Dense(2 * WIDTH, name="up")(normed)))
 
 
 class FlaxTransformer(linen.Module):
@@ -108,7 +106,7 @@ class FlaxTransformer(linen.Module):
     def __call__(self, tokens):
         position = linen.Embed(LENGTH, WIDTH, name="position")(np.arange(LENGTH))
         hidden = linen.Embed(VOCABULARY, WIDTH, name="token")(tokens) + position
-        hidden = linen.LayerNorm(epsilon=1e-5, use_bias=False, name="norm")(FlaxBlock(name="block")(hidden))
+        hidden = linen.LayerNorm(epsilon=1e-5, name="norm")(FlaxBlock(name="block")(hidden))
         return linen.Dense(VOCABULARY, name="head")(hidden)
 
 
