@@ -91,7 +91,11 @@ def closes_window(trainer: torch_trainer.Trainer, batch_idx: int) -> bool:
 
 
 class TorchClip(TorchCallback):
-    """Gradient clipping in ``on_backward_end``, as the page proposes it, where the window closes."""
+    """Gradient clipping in ``on_backward_end``, as the page proposes it, where the window closes.
+
+    There ``p.grad`` is the window's gradient. This side's ``on_backward_end`` sees that of its batch, so the
+    counterpart of this clip is ``clip_by_global_norm``, which runs in ``on_before_update``, on the window's gradient.
+    """
 
     def __init__(self, max_norm: float):
         self.max_norm = max_norm
@@ -581,6 +585,26 @@ def test_a_hook_sees_its_batchs_gradient_or_the_windows_so_far_as_in_torch():
     for batch_idx, grads in enumerate(own):
         before = theirs[batch_idx - 1] if batch_idx % steps else jax.tree.map(np.zeros_like, grads)
         assert_close(grads, jax.tree.map(lambda now, then: steps * (now - then), theirs[batch_idx], before))
+
+
+def clipping_every_batch(max_norm: float) -> ant.Callback:
+    """Clip the gradient of every batch, as ``TorchClip`` does where every batch is a window."""
+
+    def on_backward_end(batch_idx, trainer, state, grads, logs):
+        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(grads) + 1e-6))
+        return state, jax.tree.map(lambda grad: grad * factor, grads), logs
+
+    return host("clip", on_backward_end=on_backward_end)
+
+
+def test_a_hook_may_clip_its_batchs_gradient_as_in_torch():
+    # Without accumulation p.grad is the batch's gradient, and the same code in the same hook does the same.
+    pair, (make_optimizer, _, optimizer) = PAIRS["mlp"], sgd(0)
+    train, clip, losses, theirs = batches(pair), TorchClip(pair.norm), list[float](), TorchLosses()
+    fit_torch(pair, make_optimizer, train, 4, clip, theirs)
+    fit(trainer_of(pair, optimizer, clipping_every_batch(pair.norm), losses_into(losses)), train, 4)
+    assert len(losses) == 40 and min(clip.norms) < pair.norm < max(clip.norms)
+    np.testing.assert_allclose(losses, theirs.losses, rtol=1e-4)
 
 
 # What differs on purpose: the last window of an epoch
