@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -24,6 +24,13 @@ HOOKS = (
     "on_train_begin", "on_train_end", "on_epoch_begin", "on_epoch_end", "on_batch_begin", "on_batch_end",
     "on_backward_end", "on_evaluate_begin", "on_evaluate_end",
 )  # fmt: skip
+
+
+class Loader(Protocol):
+    """Gives the batches of an epoch, and says how many they are: a ``DataLoader``, or a list."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def __len__(self) -> int: ...
 
 
 class Callback:
@@ -86,8 +93,11 @@ class Trainer:
             for name in HOOKS
         }
 
-    def fit(self, train_loader: Iterable[Any], num_epochs: int, val_loader: Iterable[Any] | None = None):
-        """Train; returns the history. Loaders give pairs of tensors, and have a length."""
+    def fit(self, train_loader: Loader, num_epochs: int, val_loader: Iterable[Any] | None = None):
+        """Train; returns the history.
+
+        Loaders give pairs of tensors on the model's device: nothing is moved there. That for training has a length.
+        """
         self.num_epochs, self.stop_training = num_epochs, False
         self._call("on_train_begin", logs=None)
         logs: dict[str, Any] = {}
@@ -129,8 +139,7 @@ class Trainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.history = saved["history"]
 
-    def _train_epoch(self, loader: Iterable[Any]) -> dict[str, float]:
-        assert isinstance(loader, Sized)
+    def _train_epoch(self, loader: Loader) -> dict[str, float]:
         self.model.train()
         window, batches = self.gradient_accumulation_steps, len(loader)
         sums: dict[str, Any] = dict.fromkeys(("loss", *self.metrics), 0.0)
