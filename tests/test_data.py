@@ -235,6 +235,6 @@ def test_a_slow_loader_is_not_waited_for_until_the_chunk_is_full():
 
 
 def test_a_loader_with_another_batch_size_describes_itself():
-    loader = ant.ArrayLoader(np.arange(6), batch_size=2)
+    loader = ArrayLoader(np.arange(6), batch_size=2)
     assert loader.description["batch_size"] == 2
     assert loader.with_batch_size(3).description == {**loader.description, "batch_size": 3}
