@@ -33,7 +33,7 @@ def on_host(name: str, every: int) -> ant.Callback:
     return ant.Callback(name=name, every=every, on_batch_end=lambda batch_idx, trainer, state, logs: (state, logs))
 
 
-def by_torch(workload: Workload, count: int) -> Train:
+def by_torch(workload: Workload, count: int, threads: int = 1) -> Train:
     """So many callbacks of the torch trainer, which do nothing at every batch."""
     from benchmarks.compare import by_torch as torch_side
     from benchmarks.torch_trainer import Callback
@@ -42,4 +42,4 @@ def by_torch(workload: Workload, count: int) -> Train:
         def on_batch_end(self, batch_idx: int, trainer: Any, logs: dict[str, Any] | None = None) -> None:
             pass
 
-    return torch_side.trainer(workload, callbacks=[Idle() for _ in range(count)])
+    return torch_side.trainer(workload, callbacks=[Idle() for _ in range(count)], threads=threads)

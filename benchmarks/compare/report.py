@@ -61,7 +61,7 @@ def plot(workloads: dict[str, Any], path: pathlib.Path) -> None:
     columns = max(1, min(3, len(drawn)))
     rows = max(1, -(-len(drawn) // columns))
     figure = Figure(figsize=(4.2 * columns, 3.2 * rows))
-    axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axis in axes.flat[len(drawn) :]:
         axis.set_visible(False)
     for axis, (workload, result) in zip(axes.flat, drawn.items(), strict=False):
