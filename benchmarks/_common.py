@@ -18,6 +18,8 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+import ant_jax as ant
+
 
 T = TypeVar("T")
 
@@ -34,6 +36,17 @@ def data(steps: int, shape: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray,
     rng = np.random.default_rng(seed)
     inputs = rng.normal(size=(steps * BATCH, *shape)).astype(np.float32)
     return inputs, rng.integers(0, 10, steps * BATCH).astype(np.int32)
+
+
+def mlp_trainer(*callbacks: ant.Callback) -> ant.Trainer:
+    """Trains the MLP, with gradients clipped, and any callbacks."""
+    return ant.Trainer(
+        MLP(),
+        optax.adam(1e-3),
+        optax.softmax_cross_entropy_with_integer_labels,
+        callbacks=[ant.callbacks.clip_by_global_norm(1.0), *callbacks],
+        progress_bar=False,
+    )
 
 
 def timed(function: Callable[[], T]) -> tuple[float, T]:

@@ -35,7 +35,7 @@ from ant_jax import _checkpoint
 from ant_jax._callback import hooks_of
 from ant_jax._seal import sealed, unsealed, verify
 from ant_jax._snapshot import taken
-from benchmarks._common import BATCH, MLP, STEPS, data, machine, timed, write
+from benchmarks._common import BATCH, STEPS, data, machine, mlp_trainer, timed, write
 
 
 LEAVES = 8  # of the parameters; with Adam there are three times as many
@@ -214,23 +214,16 @@ def run_with_and_without(pairs: int, seconds: float, directory: pathlib.Path) ->
         return state, logs
 
     hooks = {name: switched(hook) for name, hook in hooks_of(checkpoint).items()}
-    trainer = ant.Trainer(
-        MLP(),
-        optax.adam(1e-3),
-        optax.softmax_cross_entropy_with_integer_labels,
-        callbacks=[
-            ant.callbacks.clip_by_global_norm(1.0),
-            ant.Callback(name="checkpoint", every=checkpoint.every, **hooks),
-            ant.Callback(name="reporter", on_train_end=report),
-        ],
-        progress_bar=False,
+    mlp = mlp_trainer(
+        ant.Callback(name="checkpoint", every=checkpoint.every, **hooks),
+        ant.Callback(name="reporter", on_train_end=report),
     )
 
     def run(name: str, epochs: int) -> tuple[float, float]:
         is_on[0] = name == "with"
-        state = trainer.init(tuple(array[:BATCH] for array in data(1, (64,))))
+        state = mlp.init(tuple(array[:BATCH] for array in data(1, (64,))))
         cpu = time.process_time()
-        wall, (state, _) = timed(lambda: trainer.fit(state, loader, epochs))
+        wall, (state, _) = timed(lambda: mlp.fit(state, loader, epochs))
         jax.block_until_ready(state.params)
         return wall, time.process_time() - cpu
 

@@ -13,23 +13,13 @@ import argparse
 import statistics
 
 import jax
-import optax
 
 import ant_jax as ant
-from benchmarks._common import BATCH, MLP, data, machine, timed, write
+from benchmarks._common import BATCH, data, machine, mlp_trainer, timed, write
+from benchmarks.compare.targets import quartiles
 
 
 EPOCHS, STEPS, TARGET = 80, 400, 1.01
-
-
-def trainer(*callbacks: ant.Callback) -> ant.Trainer:
-    return ant.Trainer(
-        MLP(),
-        optax.adam(1e-3),
-        optax.softmax_cross_entropy_with_integer_labels,
-        callbacks=[ant.callbacks.clip_by_global_norm(1.0), *callbacks],
-        progress_bar=False,
-    )
 
 
 def main() -> None:
@@ -39,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     where = machine()
     idle = ant.Callback(name="idle", every=100, on_batch_end=lambda batch_idx, trainer, state, logs: (state, logs))
-    sides = {"with": trainer(idle), "without": trainer()}
+    sides = {"with": mlp_trainer(idle), "without": mlp_trainer()}
     object.__setattr__(sides["with"], "_programs", sides["without"]._programs)
     loader = ant.ArrayLoader(data(STEPS, (64,)), BATCH, shuffle=False)
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -55,7 +45,7 @@ def main() -> None:
             run(name)
     times = {name: values[2:] for name, values in times.items()}  # without compilation
     ratios = [a / b for a, b in zip(times["with"], times["without"], strict=True)]
-    ratio, (low, _, high) = statistics.median(ratios), statistics.quantiles(ratios, n=4)
+    ratio, (low, high) = statistics.median(ratios), quartiles(ratios)
     print(
         f"a host callback every 100 batches: {ratio:.4f}x (quartiles {low:.4f}, {high:.4f}), target {TARGET}x "
         f"{'met' if ratio <= TARGET else 'MISSED'}; {statistics.median(times['with']):.2f} us a step / "

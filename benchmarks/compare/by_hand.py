@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -55,11 +55,11 @@ def fused(workload: Workload, extras: bool = False) -> Train:
     return train
 
 
-def per_step(workload: Workload) -> Train:
-    """One launch a step; each batch goes from numpy to the device as the loop comes to it."""
+def per_step(workload: Workload, batches: Iterable[Any] | None = None) -> Train:
+    """One launch a step; each batch, by default from numpy, goes to the device as the loop comes to it."""
     step, carry = make_step(workload)
     jitted = jax.jit(step, donate_argnums=0)
-    batches = workload.batches()
+    batches = workload.batches() if batches is None else batches
 
     def train(epochs: int) -> float:
         nonlocal carry

@@ -10,9 +10,7 @@ packages are imported stand beside the seconds in all.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import pathlib
 import statistics
 import subprocess
 import sys
@@ -22,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks._common import machine
+from benchmarks._common import machine, write
 from benchmarks.compare.peers import PEERS
 from benchmarks.compare.processes import installed
 
@@ -61,7 +59,7 @@ def started(name: str, cache: str | None) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--json", help="also write the results to this file")
     options = parser.parse_args()
     where = machine("torch", "lightning", "keras")
     names = [name for name in (*ON_JAX, *OTHERS) if installed(PEERS[name])]
@@ -78,8 +76,7 @@ def main() -> None:
         rows.append({"label": PEERS[name].label, "cached": cached, "import_s": round(imported, 2),
                      "first_steps_s": round(trained, 2)})  # fmt: skip
     print(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps(where | {"rows": rows}, indent=2) + "\n")
+    write(options.json, where | {"rows": rows})
 
 
 def table(rows: list[dict[str, Any]]) -> str:

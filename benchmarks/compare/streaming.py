@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from benchmarks.compare import by_trainer
-from benchmarks.compare.by_hand import make_step
+from benchmarks.compare.by_hand import per_step
 from benchmarks.compare.peers import Train
 from benchmarks.compare.workloads import Arrays, Workload
 
@@ -28,6 +28,22 @@ class Stream:
         for i in range(len(self)):
             rows = np.arange(i * self._size, (i + 1) * self._size)
             yield inputs[rows], targets[rows]
+
+
+class Ahead:
+    """Batches of a loader on the device, the next one on its way there while the one before is used."""
+
+    def __init__(self, loader: Iterable[Arrays]):
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        waiting: Any = None
+        for batch in self._loader:
+            following = jax.device_put(batch)
+            if waiting is not None:
+                yield waiting
+            waiting = following
+        yield waiting
 
 
 def from_numpy(workload: Workload) -> Train:
@@ -49,26 +65,4 @@ def from_grain(workload: Workload) -> Train:
 
 def by_hand(workload: Workload) -> Train:
     """A launch a step, with the next batch on its way to the device while the step runs."""
-    step, carry = make_step(workload)
-    jitted, stream = jax.jit(step, donate_argnums=0), Stream(workload)
-
-    def ahead() -> Iterator[Any]:
-        waiting: Any = None
-        for batch in stream:
-            following = jax.device_put(batch)
-            if waiting is not None:
-                yield waiting
-            waiting = following
-        yield waiting
-
-    def train(epochs: int) -> float:
-        nonlocal carry
-        losses: list[jax.Array] = []
-        for _ in range(epochs):
-            losses = []
-            for batch in ahead():
-                carry, (loss, _) = jitted(carry, batch)
-                losses.append(loss)
-        return float(np.mean(jax.device_get(losses)))
-
-    return train
+    return per_step(workload, Ahead(Stream(workload)))
