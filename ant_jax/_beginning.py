@@ -45,7 +45,7 @@ class Beginning:
 
     def noting_hyperparams(self, state: TrainState, values: Mapping[str, Any]) -> TrainState:
         """Note in a state the hyper-parameters that the code has."""
-        return state.replace(host=dataclasses.replace(state.on_host(), hyperparams=values))
+        return state.replace(host=state.on_host()._replace(hyperparams=values))
 
     def hyperparams(self, state: TrainState) -> dict[str, Any]:
         """The hyper-parameters that the code gives a run that begins with the parameters of ``state``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -28,6 +29,7 @@ Fuse = Literal["auto"] | bool
 # The most batches in a chunk, and the most memory that they may take; two chunks are on the device at a time.
 MAX_ROWS = 256
 MAX_CHUNK_BYTES = 32 * 2**20
+FEW_LAUNCHES = 16
 # Batches in a chunk of a loader that cannot say how long an epoch is.
 ROWS_OF_UNKNOWN = 64
 
@@ -60,7 +62,7 @@ class Launch(NamedTuple):
 
 
 class Cursor:
-    """A place in a chunk whose batches are on the device.
+    """A place in a chunk.
 
     Args:
         chunk: the chunk.
@@ -108,7 +110,7 @@ class TrainProgram:
         self.logs: dict[str, jax.ShapeDtypeStruct] = traced.out_info.logs
         self.may_stop = traced.out_info.stop is not None
         self.fused = _is_fused(fuse, traced.jaxpr)
-        self.pace = Pace()
+        self.pace = Pace(_bytes_of(batch))
         self._structure_between_epochs = jax.tree.structure(part)
         self._structure = jax.tree.structure(part._replace(log_sums=jax.eval_shape(zero_sums, self.logs)))
         self._key_impl = jax.random.key_impl(key)
@@ -137,14 +139,16 @@ class TrainProgram:
         ends = chunk.last and self._window_steps > 1
         if not self.fused:
             ends = scalar(ends)
-            leaves, stop, latest = self._one(live.take(), live.key_data, chunk.batches, cursor.offset, ends)
+            with _taking_batches():
+                leaves, stop, latest = self._one(live.take(), live.key_data, chunk.batches, cursor.offset, ends)
             live.give(leaves)
             launch = Launch(1, chunk.examples, latest, None, 0)
         else:
             rows = scalar(start), scalar(start + count), scalar(chunk.filled - 1 if ends else -1)
-            leaves, stop, done, latest, logs = self._many(
-                live.take(), live.key_data, chunk.batches, cursor.offset, *rows
-            )
+            with _taking_batches():
+                leaves, stop, done, latest, logs = self._many(
+                    live.take(), live.key_data, chunk.batches, cursor.offset, *rows
+                )
             live.give(leaves)
             launch = Launch(count if done is None else int(done) - start, chunk.examples, latest, logs, start)
         if stop is not None:
@@ -230,10 +234,9 @@ class EvaluationProgram:
 
     def add(self, params: PyTree, model_state: PyTree, chunk: Chunk, sums: LogSums) -> LogSums:
         """Add the logs of a chunk's batches, weighted by examples, to ``sums``."""
-        examples = scalar(chunk.examples)
-        if not self.fused:
-            return self._one(params, model_state, chunk.batches, examples, sums)
-        return self._many(params, model_state, chunk.batches, examples, sums, scalar(chunk.filled))
+        arguments = params, model_state, chunk.batches, scalar(chunk.examples), sums
+        with _taking_batches():
+            return self._many(*arguments, scalar(chunk.filled)) if self.fused else self._one(*arguments)
 
     def _add_one(self, params: Any, model_state: Any, batch: Any, examples: Any, sums: LogSums) -> LogSums:
         logs = self._step(params, model_state, batch)
@@ -336,8 +339,7 @@ def rows_of(feed: Feed, fused: bool, every: Iterable[int] = ()) -> int | None:
     """
     if not fused:
         return None
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(feed.first))
-    most = max(1, min(MAX_ROWS, MAX_CHUNK_BYTES // max(1, size)))
+    most = max(1, min(MAX_ROWS, MAX_CHUNK_BYTES // max(1, _bytes_of(feed.first))))
     batches = feed.length
     if batches is None:
         return min(most, ROWS_OF_UNKNOWN)
@@ -347,9 +349,24 @@ def rows_of(feed: Feed, fused: bool, every: Iterable[int] = ()) -> int | None:
     return rows - rows % interval
 
 
-def on_device(chunk: Chunk) -> Chunk:
-    """Start the transfer of a chunk's batches to the device."""
+def on_device(chunk: Chunk, launches: int | None) -> Chunk:
+    """Start the transfer of a chunk's batches to the device, unless its launches do that better.
+
+    A launch takes arrays of the host at a tenth of what ``jax.device_put`` costs. So it is given a single batch as it
+    is, and, on a CPU, whose programs read a chunk where it lies, one of few launches.
+
+    Args:
+        chunk: whose.
+        launches: how many it takes at least; ``None`` for a single batch.
+    """
+    if launches is None or (launches <= FEW_LAUNCHES and jax.default_backend() == "cpu"):
+        return chunk
     return chunk._replace(batches=jax.device_put(chunk.batches))
+
+
+def _taking_batches() -> contextlib.AbstractContextManager[Any]:
+    """The context of a launch, in which a batch may come from the host even where implicit transfers are an error."""
+    return jax.transfer_guard_host_to_device("allow")
 
 
 def slow_in_loops(jaxpr: Any) -> bool:
@@ -394,6 +411,10 @@ def form_of(tree: Any) -> Any:
     """Structure, shapes and dtypes of a tree of arrays, as a key for a dictionary."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, tuple([leaf.shape for leaf in leaves]), tuple([leaf.dtype for leaf in leaves])
+
+
+def _bytes_of(batch: PyTree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
 
 
 def _aval(dtype: Any) -> jax.ShapeDtypeStruct:

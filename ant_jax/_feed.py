@@ -152,17 +152,21 @@ class Feed:
             rows: batches in a chunk at most; ``None`` for single batches that are not stacked.
             seconds: a chunk is closed early when the loader has taken so long for it.
         """
-        if rows is not None and isinstance(self._loader, ArrayLoader):
+        if isinstance(self._loader, ArrayLoader):
             return self._gathered(self._loader, rows)
         return self._filled(rows, seconds)
 
-    def _gathered(self, loader: ArrayLoader, rows: int) -> Iterator[Chunk]:
-        """An ``ArrayLoader``'s chunks, each gathered by one indexing operation."""
+    def _gathered(self, loader: ArrayLoader, rows: int | None) -> Iterator[Chunk]:
+        """An ``ArrayLoader``'s chunks, each gathered by one indexing operation; single batches are not copied."""
         whole, rest = loader.left(self._position)
         available = self._start + whole + bool(rest)
         self._refuse_early_end(available)
         end = min(available, self._limit or available)
         whole_end, position = min(self._start + whole, end), self._position
+        if rows is None:
+            for done, batch in zip(range(self._start, end), loader.batches(self._epoch, position), strict=False):
+                yield Chunk(batch, 1, loader.batch_size if done < whole_end else rest, last=done + 1 == end)
+            return
         for start in range(self._start, whole_end, rows):
             count = min(rows, whole_end - start)
             stacked = loader.stacked(self._epoch, position, count, rows)

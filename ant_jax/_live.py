@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from typing import Any, NamedTuple
 
@@ -120,24 +119,12 @@ class Live:
 
     def move(self, **fields: Any) -> None:
         """Replace host fields."""
-        self.host = dataclasses.replace(self.host, **fields)
+        self.host = self.host._replace(**fields)
 
     def advance(self, batches: int, examples: int) -> None:
         """Count batches that are done, with so many examples in each."""
         host = self.host
-        self.host = HostFields(  # not by dataclasses.replace, which a launch of few steps would feel
-            host.epoch,
-            host.batch_idx + batches,
-            host.examples + batches * examples,
-            host.batch_size,
-            host.batch_sizes,
-            host.history,
-            host.published,
-            host.opened,
-            host.data,
-            host.fused,
-            host.hyperparams,
-        )
+        self.move(batch_idx=host.batch_idx + batches, examples=host.examples + batches * examples)
 
     def take(self) -> list[Any]:
         """Hand over the leaves of the device part to be overwritten; ``give`` must follow."""

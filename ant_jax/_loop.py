@@ -33,7 +33,7 @@ What is published when a scope opens is still in the logs when it closes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
@@ -177,7 +177,7 @@ class Loop:
         if not self._run.whole:
             return state
         windows = {look.callback.name: look.window for look in self._looks if look.open}
-        return state.replace(host=dataclasses.replace(state.on_host(), windows=windows, loader=self._loader_state))
+        return state.replace(host=state.on_host()._replace(windows=windows, loader=self._loader_state))
 
     def _batches(self, epoch: int) -> dict[str, Any]:
         """Train on the batches of an epoch; returns their means as ``train_`` logs."""
@@ -202,7 +202,6 @@ class Loop:
             live.move(fused=(jax.default_backend(), program.fused))
             self._open(program, looks, begun)
             over = self._train_on(feed, program, looks)
-            program.pace.interrupted()
             if over:
                 break
         return self._epoch_means()
@@ -241,14 +240,9 @@ class Loop:
         costs.runs(program)
         intervals = [look.every for look in looks if look.every is not None and not isinstance(look.every, range)]
         rows = rows_of(feed, program.fused, intervals)
-        prepare = _prepare(
-            self._trainer,
-            self._programs,
-            live.part(),
-            feed,
-            ("train_loader", live.host.epoch, live.host.batch_idx),
-            rows,
-        )
+        launches = None if rows is None else rows // min([rows, *intervals])
+        place = "train_loader", live.host.epoch, live.host.batch_idx
+        prepare = _prepare(self._trainer, self._programs, live.part(), feed, place, launches)
         chunks = Ahead(feed.chunks(rows, LAUNCH_SECONDS), prepare, costs.waiting_for_data)
         for chunk in chunks:
             cursor = Cursor(chunk, live.host.batch_idx)
@@ -342,7 +336,8 @@ class Loop:
                     look.callback, name, look.hooks[name], batch_idx, self._trainer, state, logs, watch_assignment=first
                 )
             if name == "on_batch_begin":
-                look.begin({log: value for log, value in logs.items() if value is not before.get(log)})
+                same = logs is before
+                look.begin({} if same else {log: logs[log] for log in logs if logs[log] is not before.get(log)})
         if state is not None and state is not given:
             self._live.put(state)
         return logs
@@ -376,7 +371,7 @@ class Loop:
 
 def _without_places(host: HostFields) -> HostFields:
     """Host fields without what holds only at one place of the run."""
-    return dataclasses.replace(host, windows=None, loader=None)
+    return host._replace(windows=None, loader=None)
 
 
 def _hand_over(error: BaseException, state: TrainState) -> None:
@@ -425,7 +420,7 @@ def evaluate(
     feed = Feed(loader, name)
     program = programs.evaluation(state, feed.first)
     sums, rows = program.zero_sums(), rows_of(feed, program.fused)
-    prepare = _prepare(trainer, programs, state, feed, (name, 0, 0), rows)
+    prepare = _prepare(trainer, programs, state, feed, (name, 0, 0), None if rows is None else 1)
     for chunk in feed.chunks(rows, LAUNCH_SECONDS):
         before, chunk = sums, prepare(chunk)
         sums = program.add(state.params, state.model_state, chunk, before)
@@ -439,16 +434,16 @@ def evaluate(
 
 
 def _prepare(
-    trainer: Any, programs: Programs, state: Any, feed: Feed, place: tuple[str, int, int], rows: int | None
+    trainer: Any, programs: Programs, state: Any, feed: Feed, place: tuple[str, int, int], launches: int | None
 ) -> Callable[[Chunk], Chunk]:
     """What to do with every chunk: put it on the device, after a look at its numbers where the trainer asks for one."""
     if not trainer.check_batches:
-        return on_device
+        return functools.partial(on_device, launches=launches)
     check = BatchChecks(*place, programs.classes_of(state.params, state.model_state, feed.first))
 
     def checked(chunk: Chunk) -> Chunk:
-        check(chunk, stacked=rows is not None)
-        return on_device(chunk)
+        check(chunk, stacked=launches is not None)
+        return on_device(chunk, launches)
 
     return checked
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import chex
 import jax
@@ -42,8 +42,10 @@ class OpenWindow:
     read: Callable[[], Mapping[str, np.ndarray]]
 
 
-@dataclasses.dataclass(frozen=True)
-class HostFields:
+_NOTHING: Mapping[str, Any] = {}  # shared, since nobody changes it
+
+
+class HostFields(NamedTuple):
     """What the host knows about a run. Plain Python: it never enters the compiled step.
 
     Attributes:
@@ -68,11 +70,11 @@ class HostFields:
     batch_size: int | None = None
     batch_sizes: tuple[tuple[int, int], ...] = ()
     history: History = History()
-    published: Mapping[str, tuple[Any, int]] = dataclasses.field(default_factory=dict)
-    opened: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    published: Mapping[str, tuple[Any, int]] = _NOTHING
+    opened: Mapping[str, Any] = _NOTHING
     data: Mapping[str, Any] | None = None
     fused: tuple[str, bool] | None = None
-    hyperparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    hyperparams: Mapping[str, Any] = _NOTHING
     windows: Mapping[str, OpenWindow] | None = None
     loader: tuple[Any, int] | None = None
 
@@ -81,7 +83,7 @@ class HostFields:
 
     def asking(self, batch_sizes: tuple[tuple[int, int], ...]) -> HostFields:
         """The same but for the batch sizes that are to come, which are all that a hook may change."""
-        return dataclasses.replace(self, batch_sizes=batch_sizes)
+        return self._replace(batch_sizes=batch_sizes)
 
 
 @struct.dataclass

@@ -85,9 +85,23 @@ def launches(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(TrainProgram, "launch", counted)
     monkeypatch.setattr(_engine.Pace, "launched", lambda self, steps, log: None)
-    monkeypatch.setattr(_engine.Pace, "interrupted", lambda self: None)
-    monkeypatch.setattr(_engine.Pace, "__init__", lambda self: setattr(self, "steps", 10**6))
+    monkeypatch.setattr(_engine.Pace, "__init__", lambda self, step_bytes: setattr(self, "steps", 10**6))
     return counts
+
+
+@pytest.mark.parametrize(("every", "place"), [(1, jax.Array), (100, np.ndarray)])
+def test_a_chunk_of_many_launches_is_transferred_once(monkeypatch, every, place):
+    places: set[Any] = set()
+    launch = TrainProgram.launch
+
+    def seen(self: TrainProgram, live: Any, cursor: Any, count: int) -> Any:
+        places.update(map(type, jax.tree.leaves(cursor.chunk.batches)))
+        return launch(self, live, cursor, count)
+
+    monkeypatch.setattr(TrainProgram, "launch", seen)
+    a_trainer = trainer(look(every))
+    a_trainer.fit(a_trainer.init(batches()[0]), ant.ArrayLoader(data(200 * BATCH), BATCH), 1)
+    assert len(places) == 1 and issubclass(places.pop(), place)
 
 
 def test_launches_reach_to_the_next_look(launches):
