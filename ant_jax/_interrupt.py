@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -18,23 +18,34 @@ from jax.experimental import multihost_utils
 TERMINATED = 128 + signal.SIGTERM
 
 
+Handler = Callable[[int, FrameType | None], Any]
+
+
+@contextlib.contextmanager
+def _handled(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
+    """Handle signals so while the body runs, and put back what was there."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
     """Let signals that would raise an exception do so only when the body is over, which must not be torn apart."""
     waiting: list[tuple[int, FrameType | None]] = []
-    handlers: dict[signal.Signals, Callable[[int, FrameType | None], Any]] = {}
+    raising: dict[signal.Signals, Handler] = {}
     if threading.current_thread() is threading.main_thread():
         found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        handlers = {number: handler for number, handler in found.items() if callable(handler)}
-    for number in handlers:
-        signal.signal(number, lambda number, frame: waiting.append((number, frame)))
+        raising = {number: handler for number, handler in found.items() if callable(handler)}
     try:
-        yield
+        with _handled(dict.fromkeys(raising, lambda number, frame: waiting.append((number, frame)))):
+            yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         for number, frame in waiting:
-            handlers[signal.Signals(number)](number, frame)
+            raising[signal.Signals(number)](number, frame)
 
 
 class Interrupts:
@@ -51,7 +62,6 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._noted: signal.Signals | None = None
-        self._installed: dict[signal.Signals, object] = {}
         self._checks = 0
         self._outer: Interrupts | None = None  # those of the run in whose hook this run is
 
@@ -74,15 +84,9 @@ class Interrupts:
         self._noted = None
         owner = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
         self._outer = owner if isinstance(owner, Interrupts) else None
-        self._installed = {number: old for number, old in expected.items() if signal.getsignal(number) is old}
-        for number in self._installed:
-            signal.signal(number, self._note)
-        try:
+        ours = [number for number, old in expected.items() if signal.getsignal(number) is old]
+        with _handled(dict.fromkeys(ours, self._note)):
             yield
-        finally:
-            for number, old in self._installed.items():
-                signal.signal(number, old)  # type: ignore[arg-type]
-            self._installed = {}
 
     def check(self) -> None:
         """Raise what has been noted; the state must be whole.

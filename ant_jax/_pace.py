@@ -16,7 +16,7 @@ LAUNCH_SECONDS = 0.1
 # made. A group has so many seconds and so many bytes of batches at most. On a CPU, every wait costs the step that runs,
 # and batches made much further ahead have left its caches when they are used; elsewhere they take the device's memory.
 GROUP_SECONDS = {"cpu": 0.03}
-GROUP_BYTES = {"cpu": 4 * 2**20}
+GROUP_BYTES = {"cpu": 8 * 2**20}
 MAX_GROUP_BYTES = 32 * 2**20
 MAX_IN_FLIGHT = 2
 

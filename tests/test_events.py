@@ -1,6 +1,5 @@
 """What hooks return is judged, and who is to blame is named."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -173,7 +172,7 @@ def test_the_trainer_keeps_epoch_position_and_history():
             fit_with(
                 "on_epoch_end",
                 lambda e, t, state, logs, field=field: (
-                    state.replace(host=dataclasses.replace(state.host, **field)),
+                    state.replace(host=state.on_host()._replace(**field)),
                     logs,
                 ),
             )

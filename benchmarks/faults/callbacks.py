@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import itertools
 import os
@@ -76,7 +75,7 @@ def check(directory: pathlib.Path, cases: list[Any]) -> None:
 def without_measures(state: ant.TrainState) -> ant.TrainState:
     """The state without what was measured of the process: it is a fact of the process, and not of the run."""
     history = [{name: value for name, value in row.items() if name not in MEASURES} for row in state.history]
-    return state.replace(host=dataclasses.replace(state.on_host(), history=History(history)))
+    return state.replace(host=state.on_host()._replace(history=History(history)))
 
 
 def saving(directory: pathlib.Path, saved: list[pathlib.Path]) -> ant.Callback:
