@@ -111,16 +111,17 @@ class Workload:
 
 
 # Inputs come again and again, each time with labels that are partly drawn anew. So no model can learn them by heart,
-# and however long it trains, its gradients do not become denormal numbers, with which processors are slow.
-DISTINCT, REDRAWN = 256, 0.2
+# and however long it trains, its numbers do not become denormal ones, with which processors are slow.
+DISTINCT, REPEATED, REDRAWN = 256, 8, 0.2
 
 
 def noise(model: Model, examples: int) -> Arrays:
     """Inputs of noise, and labels of noise."""
     rng = np.random.default_rng(0)
     shape, classes = ((model.sizes[0],), model.sizes[-1]) if isinstance(model, MLP) else ((28, 28, 1), 10)
-    distinct = rng.standard_normal((DISTINCT, *shape), np.float32)
-    return distinct[rng.integers(0, DISTINCT, examples)], rng.integers(0, classes, examples).astype(np.int32)
+    distinct = rng.standard_normal((max(1, min(DISTINCT, examples // REPEATED)), *shape), np.float32)
+    rows = rng.permutation(np.arange(examples) % len(distinct))
+    return distinct[rows], rng.integers(0, classes, examples).astype(np.int32)
 
 
 def digits(model: Model, examples: int) -> Arrays:
