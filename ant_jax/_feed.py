@@ -157,7 +157,7 @@ class Feed:
         return self._filled(rows, seconds)
 
     def _gathered(self, loader: ArrayLoader, rows: int | None) -> Iterator[Chunk]:
-        """An ``ArrayLoader``'s chunks, each gathered by one indexing operation; single batches are not copied."""
+        """An ``ArrayLoader``'s chunks, each gathered by one indexing operation, or its single batches."""
         whole, rest = loader.left(self._position)
         available = self._start + whole + bool(rest)
         self._refuse_early_end(available)

@@ -122,7 +122,9 @@ class ArrayLoader:
         whole, rest = self.left(position)
         for start in range(position, position + whole * self.batch_size + rest, self.batch_size):
             rows = _rows(order, start, self.batch_size)
-            yield jax.tree.unflatten(self._treedef, [leaf[rows] for leaf in self._leaves])
+            # No views: a batch may still be read by the device when the arrays' owner changes them.
+            leaves = [leaf[rows].copy() if isinstance(rows, slice) else leaf[rows] for leaf in self._leaves]
+            yield jax.tree.unflatten(self._treedef, leaves)
 
     def stacked(self, epoch: int, position: int, count: int, rows: int) -> PyTree:
         """Return ``count`` whole batches from example ``position`` on, each leaf ``[rows, batch_size, ...]``.

@@ -15,6 +15,16 @@ from ant_jax._feed import Ahead, Feed
 from ant_jax.data import canonical
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("rows", [None, 2])
+def test_what_is_trained_on_shares_no_memory_with_the_arrays_of_a_loader(shuffle, rows):
+    arrays = np.arange(10.0, dtype=np.float32), np.arange(10, dtype=np.int32)
+    loader = ArrayLoader(arrays, batch_size=4, shuffle=shuffle)
+    for chunk in Feed(loader, "loader").chunks(rows, 10.0):
+        for array, leaf in zip(arrays, chunk.batches, strict=True):
+            assert not np.shares_memory(array, leaf)
+
+
 def test_array_loader_shuffles_by_seed_and_epoch():
     loader = ArrayLoader({"x": np.arange(10), "y": -np.arange(10)}, 4, seed=3)
     epochs = [np.concatenate([batch["x"] for batch in loader.batches(epoch)]) for epoch in (0, 1)]
