@@ -29,6 +29,7 @@ Fuse = Literal["auto"] | bool
 # The most batches in a chunk, and the most memory that they may take; two chunks are on the device at a time.
 MAX_ROWS = 256
 MAX_CHUNK_BYTES = 32 * 2**20
+# On a CPU, launches of a chunk that cost less than to transfer it first.
 FEW_LAUNCHES = 16
 # Batches in a chunk of a loader that cannot say how long an epoch is.
 ROWS_OF_UNKNOWN = 64
@@ -298,6 +299,11 @@ class Programs:
             self._train[form] = self._train.setdefault((program.fused, form[1]), program)
         return self._train[form]
 
+    def begin_run(self) -> None:
+        """Forget the launches of earlier runs."""
+        for program in self._train.values():
+            program.pace.begin()
+
     def classes_of(self, params: PyTree, model_state: PyTree, batch: PyTree) -> int | None:
         """How many classes the targets of a batch choose from; ``None`` when they are no labels, or it is no pair."""
         if not self._step.needs_pairs:
@@ -349,17 +355,17 @@ def rows_of(feed: Feed, fused: bool, every: Iterable[int] = ()) -> int | None:
     return rows - rows % interval
 
 
-def on_device(chunk: Chunk, launches: int | None) -> Chunk:
+def on_device(chunk: Chunk, launches: int) -> Chunk:
     """Start the transfer of a chunk's batches to the device, unless its launches do that better.
 
-    A launch takes arrays of the host at a tenth of what ``jax.device_put`` costs. So it is given a single batch as it
-    is, and, on a CPU, whose programs read a chunk where it lies, one of few launches.
+    On a CPU a launch takes arrays of the host at a tenth of what ``jax.device_put`` costs, and reads a chunk where it
+    lies, if that is aligned as ``aligned_empty`` does it. So few launches are given it as it is.
 
     Args:
         chunk: whose.
-        launches: how many it takes at least; ``None`` for a single batch.
+        launches: how many it takes, for looks alone.
     """
-    if launches is None or (launches <= FEW_LAUNCHES and jax.default_backend() == "cpu"):
+    if launches <= FEW_LAUNCHES and jax.default_backend() == "cpu":
         return chunk
     return chunk._replace(batches=jax.device_put(chunk.batches))
 

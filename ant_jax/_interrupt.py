@@ -28,7 +28,7 @@ def _handled(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in reversed(before.items()):  # Ctrl-C last: put back, its handler may raise here
             signal.signal(number, handler)
 
 

@@ -125,6 +125,7 @@ class Loop:
 
     def _train(self) -> None:
         live = self._live
+        self._programs.begin_run()
         opening = self._hook("on_train_begin", None, {})
         closing: Mapping[str, Any] = {}
         while live.host.epoch < self._run.num_epochs and (not live.stop or live.host.batch_idx > 0):
@@ -240,9 +241,9 @@ class Loop:
         costs.runs(program)
         intervals = [look.every for look in looks if look.every is not None and not isinstance(look.every, range)]
         rows = rows_of(feed, program.fused, intervals)
-        launches = None if rows is None else rows // min([rows, *intervals])
+        launches = 1 if rows is None else rows // min([rows, *intervals])
         place = "train_loader", live.host.epoch, live.host.batch_idx
-        prepare = _prepare(self._trainer, self._programs, live.part(), feed, place, launches)
+        prepare = _prepare(self._trainer, self._programs, live.part(), feed, place, rows is not None, launches)
         chunks = Ahead(feed.chunks(rows, LAUNCH_SECONDS), prepare, costs.waiting_for_data)
         for chunk in chunks:
             cursor = Cursor(chunk, live.host.batch_idx)
@@ -336,8 +337,8 @@ class Loop:
                     look.callback, name, look.hooks[name], batch_idx, self._trainer, state, logs, watch_assignment=first
                 )
             if name == "on_batch_begin":
-                same = logs is before
-                look.begin({} if same else {log: logs[log] for log in logs if logs[log] is not before.get(log)})
+                changed = () if logs is before else logs.items()
+                look.begin({log: value for log, value in changed if value is not before.get(log)})
         if state is not None and state is not given:
             self._live.put(state)
         return logs
@@ -420,7 +421,7 @@ def evaluate(
     feed = Feed(loader, name)
     program = programs.evaluation(state, feed.first)
     sums, rows = program.zero_sums(), rows_of(feed, program.fused)
-    prepare = _prepare(trainer, programs, state, feed, (name, 0, 0), None if rows is None else 1)
+    prepare = _prepare(trainer, programs, state, feed, (name, 0, 0), rows is not None)
     for chunk in feed.chunks(rows, LAUNCH_SECONDS):
         before, chunk = sums, prepare(chunk)
         sums = program.add(state.params, state.model_state, chunk, before)
@@ -434,7 +435,13 @@ def evaluate(
 
 
 def _prepare(
-    trainer: Any, programs: Programs, state: Any, feed: Feed, place: tuple[str, int, int], launches: int | None
+    trainer: Any,
+    programs: Programs,
+    state: Any,
+    feed: Feed,
+    place: tuple[str, int, int],
+    stacked: bool,
+    launches: int = 1,
 ) -> Callable[[Chunk], Chunk]:
     """What to do with every chunk: put it on the device, after a look at its numbers where the trainer asks for one."""
     if not trainer.check_batches:
@@ -442,7 +449,7 @@ def _prepare(
     check = BatchChecks(*place, programs.classes_of(state.params, state.model_state, feed.first))
 
     def checked(chunk: Chunk) -> Chunk:
-        check(chunk, stacked=launches is not None)
+        check(chunk, stacked)
         return on_device(chunk, launches)
 
     return checked

@@ -13,18 +13,26 @@ import jax
 LAUNCH_SECONDS = 0.1
 
 # Launches are waited for in groups, and no more groups may be under way: while one runs, the next one's batches are
-# made. A group has so many seconds and so many bytes of batches at most. On a CPU, every wait costs the step that runs,
-# and batches made much further ahead have left its caches when they are used; elsewhere they take the device's memory.
-GROUP_SECONDS = {"cpu": 0.03}
-GROUP_BYTES = {"cpu": 8 * 2**20}
-MAX_GROUP_BYTES = 32 * 2**20
+# made. A group is complete when it has so many seconds, or so many bytes of batches; a launch may have more. On a CPU,
+# every wait costs the step that runs, and batches made much further ahead have left its caches when they are used;
+# elsewhere they take the device's memory.
+GROUPS = {"cpu": (0.03, 8 * 2**20)}
+OTHER_GROUPS = (LAUNCH_SECONDS, 32 * 2**20)
 MAX_IN_FLIGHT = 2
 
 
 class _Group(NamedTuple):
-    """Launches that are waited for together: their steps, when the last was made, and one of its logs."""
+    """Launches that are waited for together.
+
+    Attributes:
+        steps: in them.
+        under_way: steps in them and in the groups that the device had yet to finish when the last launch was made.
+        launched_at: when that was.
+        log: one of its logs.
+    """
 
     steps: int
+    under_way: int
     launched_at: float
     log: jax.Array
 
@@ -41,11 +49,15 @@ class Pace:
 
     def __init__(self, step_bytes: int):
         self.steps = 1
-        backend = jax.default_backend()
-        self._group = GROUP_SECONDS.get(backend, LAUNCH_SECONDS) / LAUNCH_SECONDS
-        self._most_steps = GROUP_BYTES.get(backend, MAX_GROUP_BYTES) / max(1, step_bytes)
+        seconds, size = GROUPS.get(jax.default_backend(), OTHER_GROUPS)
+        self._group, self._most_steps = seconds / LAUNCH_SECONDS, size / max(1, step_bytes)
         self._new_steps = 0
         self._under_way: collections.deque[_Group] = collections.deque()
+
+    def begin(self) -> None:
+        """Forget the launches of an earlier run, which may have failed since; what was learnt of the pace stays."""
+        self._new_steps = 0
+        self._under_way.clear()
 
     def launched(self, steps: int, log: jax.Array) -> None:
         """Note a launch of so many steps, and one of its logs.
@@ -55,14 +67,14 @@ class Pace:
         self._new_steps += steps
         if self._new_steps < min(self.steps * self._group, self._most_steps):
             return
-        self._under_way.append(_Group(self._new_steps, time.perf_counter(), log))
+        under_way = self._new_steps + sum(group.steps for group in self._under_way)
+        self._under_way.append(_Group(self._new_steps, under_way, time.perf_counter(), log))
         self._new_steps = 0
         if len(self._under_way) <= MAX_IN_FLIGHT:
             return
-        # While the oldest group was under way, the device ran it and what was launched before it: as many groups as
-        # are under way now. An evaluation or a slow hook in that time makes steps seem slow, but not for long.
-        steps_run = sum(group.steps for group in self._under_way)
+        # From the launch of a group to its end the device runs all that was under way then. An evaluation or a slow
+        # hook in that time makes steps seem slow, but not for long.
         oldest = self._under_way.popleft()
         oldest.log.block_until_ready()
-        wanted = LAUNCH_SECONDS * steps_run / max(time.perf_counter() - oldest.launched_at, 1e-9)
+        wanted = LAUNCH_SECONDS * oldest.under_way / max(time.perf_counter() - oldest.launched_at, 1e-9)
         self.steps = max(1, self.steps // 2, min(2 * self.steps, int(wanted)))

@@ -342,3 +342,11 @@ def test_ctrl_c_while_a_save_is_handed_over_comes_when_that_is_done(tmp_path, mo
         checkpointer.save(state)
     assert signal.getsignal(signal.SIGINT) is before
     assert_bit_equal(a_trainer.restore(tmp_path), state)
+
+
+def test_ctrl_c_is_put_back_last_since_its_handler_may_raise_at_once(monkeypatch):
+    numbers, put = [], signal.signal
+    monkeypatch.setattr(signal, "signal", lambda number, handler: (numbers.append(number), put(number, handler))[1])
+    with Interrupts().installed():
+        numbers.clear()
+    assert numbers == [signal.SIGTERM, signal.SIGINT]

@@ -1,6 +1,5 @@
 from typing import Any
 
-import jax
 import pytest
 
 from ant_jax import _pace
@@ -38,49 +37,61 @@ def train(pace: Pace, device: Device, launches: int, most: int = 10**9, host_sec
         device.now += host_seconds
         lengths.append(min(pace.steps, most))
         pace.launched(lengths[-1], device.launch(lengths[-1]))
+        bound = (MAX_IN_FLIGHT + 1) * 1.1 * max(LAUNCH_SECONDS, device.step_seconds)
+        assert device.done_at - device.now <= bound  # the host is no more than some groups ahead
     return lengths
 
 
-@pytest.fixture(params=[1e-5, 1e-3, 1.0])
-def device(request, monkeypatch) -> Device:
+@pytest.fixture(params=[_pace.OTHER_GROUPS, _pace.GROUPS["cpu"]], ids=["long groups", "short groups"])
+def groups(request, monkeypatch) -> tuple[float, int]:
+    monkeypatch.setattr(_pace, "GROUPS", {})
+    monkeypatch.setattr(_pace, "OTHER_GROUPS", request.param)
+    return request.param
+
+
+@pytest.fixture(params=[1e-5, 1e-3, 1e-2, 1.0], ids=lambda seconds: f"steps of {seconds} s")
+def device(request, groups, monkeypatch) -> Device:
     made = Device(request.param)
     monkeypatch.setattr(_pace, "time", made)
     return made
 
 
 def test_launches_grow_by_doubling_until_they_take_as_long_as_they_should(device):
-    lengths = train(Pace(0), device, 100)
+    lengths = train(Pace(0), device, 200)
     assert all(1 <= later <= 2 * sooner for sooner, later in zip(lengths, lengths[1:], strict=False))
     wanted = max(1, LAUNCH_SECONDS / device.step_seconds)
-    assert wanted / 2 <= lengths[-1] <= 1.5 * wanted
+    assert max(lengths) <= 1.1 * wanted
+    assert lengths[-1] >= wanted / 2
 
 
 def test_an_evaluation_between_epochs_makes_launches_no_longer_than_they_should_be(device):
     pace = Pace(0)
     wanted = max(1, LAUNCH_SECONDS / device.step_seconds)
-    train(pace, device, 100)
+    train(pace, device, 200)
     for _ in range(20):
         device.now = device.done_at + 100 * LAUNCH_SECONDS
-        lengths = train(pace, device, 4)
-        assert max(lengths) <= 1.5 * wanted
-    assert train(pace, device, 100)[-1] >= wanted / 2
+        assert max(train(pace, device, 4)) <= 1.1 * wanted
+    assert train(pace, device, 200)[-1] >= wanted / 2
 
 
 def test_short_epochs_reach_launches_of_all_their_steps(device):
     lengths = train(Pace(0), device, 200, most=10)
-    assert lengths[-1] == min(10, max(1, int(LAUNCH_SECONDS / device.step_seconds)))
+    assert lengths[-1] >= min(10, max(1, LAUNCH_SECONDS / device.step_seconds)) / 2
 
 
-def test_the_host_is_no_more_than_some_groups_ahead(device):
+def test_a_group_of_launches_is_complete_when_it_has_so_many_bytes(device, groups):
+    pace = Pace(step_bytes=groups[1] // 4)
+    for _ in range(100):
+        pace.launched(1, device.launch(1))
+        assert device.done_at - device.now <= (MAX_IN_FLIGHT + 1) * 4 * device.step_seconds * 1.001
+
+
+def test_a_run_does_not_wait_for_the_launches_of_one_that_failed(device):
+    class Failed:
+        def block_until_ready(self) -> None:
+            raise RuntimeError("the device has lost it")
+
     pace = Pace(0)
-    train(pace, device, 100)
-    group = max(pace.steps, 1) * device.step_seconds * 2
-    assert device.done_at - device.now <= (MAX_IN_FLIGHT + 1) * group
-
-
-def test_a_group_of_launches_is_bounded_in_the_memory_of_its_batches(device):
-    most = _pace.GROUP_BYTES["cpu"] if jax.default_backend() == "cpu" else _pace.MAX_GROUP_BYTES
-    pace = Pace(step_bytes=most // 4)
-    for launch in range(100):
-        pace.launched(4, device.launch(4))
-        assert device.done_at - device.now <= MAX_IN_FLIGHT * 4 * device.step_seconds * 1.001 or launch < MAX_IN_FLIGHT
+    pace.launched(1, Failed())  # type: ignore[arg-type]
+    pace.begin()
+    train(pace, device, 10)

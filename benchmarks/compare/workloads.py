@@ -110,18 +110,18 @@ class Workload:
         return dataclasses.replace(self, steps=steps)
 
 
-# Inputs come again and again, each time with labels that are partly drawn anew. So no model can learn them by heart,
-# and however long it trains, its numbers do not become denormal ones, with which processors are slow.
-DISTINCT, REPEATED, REDRAWN = 256, 8, 0.2
+# Inputs come again and again, each time with another label. So no model can learn them by heart, and however long it
+# trains, its numbers do not become denormal ones, with which processors are slow.
+DISTINCT, REDRAWN = 256, 0.2
 
 
 def noise(model: Model, examples: int) -> Arrays:
-    """Inputs of noise, and labels of noise."""
+    """Inputs of noise, each at least twice, if there is room, with every label."""
     rng = np.random.default_rng(0)
     shape, classes = ((model.sizes[0],), model.sizes[-1]) if isinstance(model, MLP) else ((28, 28, 1), 10)
-    distinct = rng.standard_normal((max(1, min(DISTINCT, examples // REPEATED)), *shape), np.float32)
-    rows = rng.permutation(np.arange(examples) % len(distinct))
-    return distinct[rows], rng.integers(0, classes, examples).astype(np.int32)
+    distinct = rng.standard_normal((max(1, min(DISTINCT, examples // (2 * classes))), *shape), np.float32)
+    times, rows = np.divmod(rng.permutation(examples), len(distinct))
+    return distinct[rows], (times % classes).astype(np.int32)
 
 
 def digits(model: Model, examples: int) -> Arrays:
