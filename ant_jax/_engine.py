@@ -358,7 +358,7 @@ def rows_of(feed: Feed, fused: bool, every: Iterable[int] = ()) -> int | None:
 def on_device(chunk: Chunk, launches: int) -> Chunk:
     """Start the transfer of a chunk's batches to the device, unless its launches do that better.
 
-    On a CPU a launch takes arrays of the host at a tenth of what ``jax.device_put`` costs, and reads a chunk where it
+    On a CPU a launch takes arrays of the host for less than ``jax.device_put`` costs, and reads a chunk where it
     lies, if that is aligned as ``aligned_empty`` does it. So few launches are given it as it is.
 
     Args:

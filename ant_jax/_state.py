@@ -48,7 +48,7 @@ _NOTHING: Mapping[str, Any] = {}  # shared, since nobody changes it
 class HostFields(NamedTuple):
     """What the host knows about a run. Plain Python: it never enters the compiled step.
 
-    A named tuple, since every launch makes one, and a dataclass takes several times as long; in a state it is static.
+    A named tuple, since every launch makes one, and a dataclass takes longer to make; in a state it is static.
 
     Attributes:
         epoch: the epoch under way, or the next one; counted from 0.
