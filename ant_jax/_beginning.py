@@ -105,7 +105,7 @@ class Beginning:
         if self.accumulation_steps == 1:
             return None
         zeros = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.promote_types(param.dtype, jnp.float32)), params)
-        return Accumulator(zeros, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        return Accumulator(zeros, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), float))
 
     def _initial_scale(self) -> DynamicScale | None:
         if self.precision != "float16":

@@ -17,6 +17,7 @@ from flax.training.dynamic_scale import DynamicScale
 
 from ant_jax import _hyperparams
 from ant_jax._history import History
+from ant_jax._objective import Objective
 from ant_jax._sums import LogSums
 from ant_jax._trees import PyTree, differences, in_lines
 
@@ -96,11 +97,13 @@ class Accumulator:
         grads: float32, like the parameters: the sum so far.
         examples: int32 scalar, examples in the sum.
         micro_batches: int32 scalar, batches since the window opened.
+        loss: float32 scalar at least, the sum of the losses so far, weighted as the gradients are.
     """
 
     grads: PyTree
     examples: chex.Array
     micro_batches: chex.Array
+    loss: chex.Array
 
 
 @struct.dataclass
@@ -126,6 +129,8 @@ class TrainState:
         stop: whether a callback has asked the run to end.
         host: the host fields; ``None`` inside the compiled step.
         skip: in ``on_backward_end``, whether the batch is to be skipped; ``None`` everywhere else.
+        objective: in ``on_before_update`` and ``on_before_apply``, the loss that the update is to lower, with its
+            ``value``, ``grad``, ``value_fn(params)`` and ``grad_fn(params)``; ``None`` everywhere else.
     """
 
     step: chex.Array
@@ -140,6 +145,7 @@ class TrainState:
     stop: bool | chex.Array
     host: HostFields | None = struct.field(pytree_node=False)
     skip: chex.Array | None = None
+    objective: Objective | None = None
 
     if TYPE_CHECKING:  # flax.struct adds the method; type checkers do not know
 

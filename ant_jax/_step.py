@@ -15,6 +15,7 @@ from ant_jax._branches import run_if
 from ant_jax._events import Events
 from ant_jax._logs import Logs
 from ant_jax._models import PureModel, applied
+from ant_jax._objective import Objective, transformed
 from ant_jax._state import Accumulator, TrainState
 from ant_jax._trees import PyTree, describe, describe_tree
 from ant_jax.data import batch_size_of
@@ -61,7 +62,7 @@ class Step:
     """
 
     loss_fn: LossFn
-    optimizer: optax.GradientTransformationExtraArgs
+    optimizer: optax.GradientTransformation
     events: Events
     accumulation_steps: int
     accumulation_mean: str
@@ -117,6 +118,7 @@ class Step:
         state, logs = run_hook("on_batch_begin", batch_idx, state, Logs({"batch_size": examples}))
 
         model_state = state.model_state
+        functions = self._functions_of(state, batch)
         state, grads, step_logs, finite = self.gradients(state, batch)
         before_hooks, logs = state.replace(skip=skip), logs.changed_to({**logs, **step_logs})
         state, grads, logs = run_hook("on_backward_end", batch_idx, before_hooks, grads, logs)
@@ -132,9 +134,10 @@ class Step:
         state = state.replace(skip=None)
 
         counted = examples if finite is None else jnp.where(finite, examples, 0)
-        state, grads, due, in_update = self._accumulate(state, grads, counted, finite, last)
+        state, grads, loss, due, in_update = self._accumulate(state, grads, logs["loss"], counted, finite, last)
         seen = set(logs)
-        state, logs = self._update_if(due, batch_idx, state, grads, logs)
+        objective = Objective(loss, grads, *functions)
+        state, logs = self._update_if(due, batch_idx, state, objective, logs)
         weights = {name: counted if name in seen else in_update for name in logs}
 
         state = state.replace(step=state.step + 1)
@@ -146,52 +149,76 @@ class Step:
         asked: Any = None if state.stop is stop else state.stop
         return StepResult(state.replace(stop=None), asked, values, counts)
 
+    def _functions_of(self, state: TrainState, batch: PyTree) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The loss of a batch, and its gradient, as functions of the parameters; ``state`` is that before the batch."""
+
+        def refuse(*_: Any) -> Any:
+            raise ValueError(
+                f"the optimizer, or a transformation given to from_optax, evaluates the loss at other parameters "
+                f"(value_fn, grad_fn or obj_fn), and gradient_accumulation_steps is {self.accumulation_steps}: the "
+                f"batches of a window are not kept. Use larger batches and gradient_accumulation_steps=1"
+            )
+
+        def value_fn(params: PyTree) -> Any:
+            key = jax.random.fold_in(state.key, state.step)
+            return self.loss_fn(params, state.model_state, batch, key)[0]
+
+        def grad_fn(params: PyTree) -> PyTree:
+            _, grads, _, _ = self.gradients(state.replace(params=params), batch)
+            return _like(params, grads)
+
+        return (value_fn, grad_fn) if self.accumulation_steps == 1 else (refuse, refuse)
+
     def _accumulate(
-        self, state: TrainState, grads: PyTree, counted: Any, finite: Any, last: Any
-    ) -> tuple[TrainState, PyTree, Any, Any]:
-        """Add the gradients to the window.
+        self, state: TrainState, grads: PyTree, loss: Any, counted: Any, finite: Any, last: Any
+    ) -> tuple[TrainState, PyTree, Any, Any, Any]:
+        """Add the gradients and the loss to the window.
 
         Returns:
-            The state, the gradients to update with, whether to update now (``None`` when always) and how many examples
-            they stand for.
+            The state, the gradients to update with, the loss that they are of, whether to update now (``None`` when
+            always) and how many examples they stand for.
         """
         window = state.accumulator
         if window is None:
-            return state, grads, finite, counted
+            return state, grads, loss, finite, counted
         if finite is not None:
-            grads = _where(finite, grads, jax.tree.map(jnp.zeros_like, grads))
+            grads, loss = _where(finite, (grads, loss), jax.tree.map(jnp.zeros_like, (grads, loss)))
         by_examples = self.accumulation_mean == "examples"
         weight = jnp.asarray(counted, jnp.float32) if by_examples else 1.0 / self.accumulation_steps
         sums = jax.tree.map(lambda total, grad: total + weight * grad, window.grads, grads)
+        losses = window.loss + (weight * loss).astype(window.loss.dtype)
         examples = window.examples + counted
         micro_batches = window.micro_batches + 1
         closes = (micro_batches == self.accumulation_steps) | last
         # A window in which every micro-batch overflowed closes without an update.
         due = closes & (examples > 0)
-        kept = Accumulator(sums, examples, micro_batches)
+        kept = Accumulator(sums, examples, micro_batches, losses)
         state = state.replace(accumulator=_where(closes, jax.tree.map(jnp.zeros_like, kept), kept))
         divisor = jnp.maximum(examples, 1).astype(jnp.float32) if by_examples else None
-        mean = sums if divisor is None else jax.tree.map(lambda total: total / divisor, sums)
-        return state, mean, due, jnp.where(due, examples, 0)
+        mean, loss = (sums, losses) if divisor is None else jax.tree.map(lambda sum: sum / divisor, (sums, losses))
+        return state, mean, loss, due, jnp.where(due, examples, 0)
 
     def _update_if(
-        self, due: Any, batch_idx: Any, state: TrainState, grads: PyTree, logs: Logs
+        self, due: Any, batch_idx: Any, state: TrainState, objective: Objective, logs: Logs
     ) -> tuple[TrainState, Logs]:
         """Run ``_update`` where ``due``; a log that it would publish is NaN (0, for an integer) where it is not."""
         if due is None:
-            return self._update(batch_idx, state, grads, logs)
-        return run_if(due, lambda: self._update(batch_idx, state, grads, logs), state, logs)
+            return self._update(batch_idx, state, objective, logs)
+        return run_if(due, lambda: self._update(batch_idx, state, objective, logs), state, logs)
 
-    def _update(self, batch_idx: Any, state: TrainState, grads: PyTree, logs: Logs) -> tuple[TrainState, Logs]:
+    def _update(self, batch_idx: Any, state: TrainState, objective: Objective, logs: Logs) -> tuple[TrainState, Logs]:
+        grads = objective.grad
+        objective = objective.replace(grad=_like(state.params, grads))
+        state = state.replace(objective=objective)
         state, grads, logs = self.events.step_hook("on_before_update", batch_idx, state, grads, logs)
         if self.max_grad_norm is not None:
             grads, _ = optax.clip_by_global_norm(self.max_grad_norm).update(grads, optax.EmptyState())
-        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
-        # Some transformations, optax.contrib.reduce_on_plateau for one, ask for the loss.
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, value=logs["loss"])
+        grads = _like(state.params, grads)
+        extra_args = objective.extra_args()
+        updates, opt_state = transformed(self.optimizer, grads, state.opt_state, state.params, extra_args)
         state = state.replace(opt_state=opt_state)
         state, updates, logs = self.events.step_hook("on_before_apply", batch_idx, state, updates, logs)
-        return state.replace(params=optax.apply_updates(state.params, updates)), logs
+        return state.replace(params=optax.apply_updates(state.params, updates), objective=None), logs
 
     def evaluation_step(self, params: PyTree, model_state: PyTree, batch: PyTree) -> Any:
         """Return the loss and the metrics of one batch in evaluation mode, as a mapping."""
@@ -256,7 +283,7 @@ def _at_least_float32(leaf: chex.Array) -> chex.Array:
 
 
 def _like(old: PyTree, new: PyTree) -> PyTree:
-    """Give the new model state the old one's dtypes, which a low precision must not change."""
+    """Give the new tree the old one's dtypes, which a low precision must not change."""
     if jax.tree.structure(old) != jax.tree.structure(new):
         return new
     return jax.tree.map(lambda before, after: after.astype(before.dtype), old, new)

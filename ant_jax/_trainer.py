@@ -44,8 +44,10 @@ class Trainer:
     Args:
         model: a ``flax.linen.Module``, a ``flax.nnx.Module``, or a pair of pure functions ``(init, apply)``; see
             :func:`pure_functions`.
-        optimizer: any optax gradient transformation. Its schedules count updates, not batches; one that asks for the
-            loss is given it as ``value``.
+        optimizer: any optax gradient transformation. Its schedules count updates, not batches. Of ``value``, ``grad``,
+            ``value_fn``, ``grad_fn`` and ``obj_fn`` it is given those that its ``update`` takes: the loss that the
+            update is to lower, its gradient, and both as functions of the parameters, which an accumulation window of
+            several batches does not have.
         criterion: ``criterion(outputs, targets)`` returns the loss of every example, or their mean. Batches are pairs
             ``(inputs, targets)``.
         loss_fn: instead of a criterion, any function
@@ -120,7 +122,7 @@ class Trainer:
             loss_fn = general_loss(cast(LossFn, self.loss_fn), self.precision)
         step = Step(
             loss_fn=loss_fn,
-            optimizer=optax.with_extra_args_support(self.optimizer),
+            optimizer=self.optimizer,
             events=events,
             accumulation_steps=self.gradient_accumulation_steps,
             accumulation_mean=self.accumulation_mean,

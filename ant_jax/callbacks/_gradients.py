@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 
 from ant_jax._callback import Callback
 from ant_jax._hyperparams import Hyperparam
+from ant_jax._objective import transformed
 from ant_jax.callbacks._arguments import check_not_negative, check_positive, number
 
 
@@ -17,8 +17,9 @@ def from_optax(transformation: optax.GradientTransformation, *, name: str = "fro
     """Make a callback of any optax transformation of gradients.
 
     It runs in ``on_before_update``: once per update, on the mean gradient of the accumulation window. One of them is
-    the same, to the bit, as ``optax.chain(transformation, optimizer)``. A transformation that asks for the loss is
-    given it as ``value``. Made with ``optax.inject_hyperparams``, it has its numbers in ``state.hyperparams``.
+    the same, to the bit, as ``optax.chain(transformation, optimizer)``, and is given the same extra arguments as an
+    optimizer (see :class:`ant_jax.Trainer`). Made with ``optax.inject_hyperparams``, it has its numbers in
+    ``state.hyperparams``.
 
     Args:
         transformation: for example ``optax.add_noise(...)`` or ``optax.adaptive_grad_clip(...)``.
@@ -218,16 +219,18 @@ def _transforming(
         transformation: what to run.
         initial: makes of the first state the one whose ``init`` begins the memory; by default it is the same.
     """
-    update = optax.with_extra_args_support(transformation).update
 
     def init(state: Any) -> Any:
         return (transformation if initial is None else initial(state)).init(state.params)
 
     def rewrite(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
         del batch_idx, trainer
-        # optax is not written for jax_numpy_dtype_promotion="strict", which a user may have set.
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            grads, memory = update(grads, state.callback_states[name], state.params, value=logs["loss"])
+        memory = state.callback_states[name]
+        if state.objective is None:  # called by hand, or before there is an update
+            extra_args = {"value": logs["loss"], "grad": grads}
+        else:
+            extra_args = state.objective.extra_args()
+        grads, memory = transformed(transformation, grads, memory, state.params, extra_args)
         return state.with_callback_state(name, memory), grads, logs
 
     hooks: dict[str, Any] = {hook: rewrite}

@@ -234,6 +234,7 @@ def roll_back(*, every: int = 100, times: int = 3, name: str = "roll_back") -> C
             emptied = state.accumulator.replace(
                 grads=jax.tree.map(lambda grad: jnp.where(bad, 0, grad), state.accumulator.grads),
                 examples=jnp.where(bad, 0, state.accumulator.examples),
+                loss=jnp.where(bad, 0, state.accumulator.loss),
             )
             state = state.replace(accumulator=emptied)
         opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), gone_back["opt_state"])
