@@ -291,7 +291,7 @@ class Programs:
         fuse = self._fuse
         if fuse == "auto" and decided is not None and decided[0] == jax.default_backend():
             fuse = decided[1]
-        form = fuse, form_of((part, batch))
+        form = fuse, form_of((part, key, batch))
         if form not in self._train:
             self._step.check_batch(batch)
             self.check_params(part.params, inputs_of(batch))
@@ -414,9 +414,14 @@ def _with_row(buffer: jax.Array, log: jax.Array, row: Any) -> jax.Array:
 
 
 def form_of(tree: Any) -> Any:
-    """Structure, shapes and dtypes of a tree of arrays, as a key for a dictionary."""
+    """Structure, shapes and dtypes of a tree of arrays, and whether there are 64 bits: a key for a dictionary.
+
+    The dtype of a random key tells its kind.
+    """
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef, tuple([leaf.shape for leaf in leaves]), tuple([leaf.dtype for leaf in leaves])
+    # What a step computes from the same dtypes depends on this setting, which may differ from call to call.
+    wide: bool = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    return treedef, tuple([leaf.shape for leaf in leaves]), tuple([leaf.dtype for leaf in leaves]), wide
 
 
 def _bytes_of(batch: PyTree) -> int:

@@ -266,3 +266,37 @@ def test_two_runs_in_a_row_are_the_same():
     runs = [a_trainer.fit(start, batches(), 3, batches(1)) for _ in range(2)]
     assert_bit_equal(runs[0][0], runs[1][0])
     assert runs[0][1] == runs[1][1]
+
+
+# --- programs are kept apart by what decides their results
+
+
+def noisy(params: Any, model_state: Any, inputs: Any, key: Any) -> tuple[Any, Any]:
+    outputs, model_state = apply(params, model_state, inputs, None)
+    return outputs + (0.0 if key is None else jax.random.normal(key, outputs.shape)), model_state
+
+
+def test_a_trainer_takes_keys_of_every_kind_in_turn():
+    def last_loss(a_trainer: ant.Trainer, impl: str) -> tuple[float, float]:
+        state = a_trainer.init(batches()[0]).replace(key=jax.random.key(3, impl=impl))
+        _, logs = a_trainer.train_step(state, batches()[0])
+        return float(logs["loss"]), a_trainer.fit(state, batches(), 1)[1][0]["train_loss"]
+
+    used = trainer(model=(LINEAR[0], noisy))
+    kinds = ("threefry2x32", "rbg", "unsafe_rbg")
+    losses = {impl: last_loss(used, impl) for impl in kinds}
+    assert losses == {impl: last_loss(trainer(model=(LINEAR[0], noisy)), impl) for impl in kinds}
+    assert len(set(losses.values())) == 3
+    assert losses == {impl: last_loss(used, impl) for impl in kinds}
+
+
+def test_a_trainer_trains_with_and_without_64_bits_in_turn():
+    a_trainer = trainer(metrics={"mean": lambda outputs, targets: jnp.mean(outputs.astype(float))})
+    start = a_trainer.init(batches()[0])
+    _, before = a_trainer.fit(start, batches(), 1, batches(1))
+    with jax.enable_x64(True):
+        _, inside = a_trainer.fit(start, batches(), 1, batches(1))
+    _, after = a_trainer.fit(start, batches(), 1, batches(1))
+    assert before == after
+    for name, value in before[0].items():
+        np.testing.assert_allclose(inside[0][name], value, rtol=1e-5)
