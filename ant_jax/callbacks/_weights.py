@@ -19,10 +19,12 @@ def ema(decay: float | Hyperparam = 0.999, *, evaluate: bool = False, name: str 
 
     Traced, in ``on_batch_end``: after every update, ``average = decay * average + (1 - decay) * params``, from the
     initial parameters on. With ``evaluate=True`` every evaluation sees the average in the place of the parameters, and
-    so do callbacks that monitor it: the best checkpoint is then the one with the best average. To use the average by
-    hand::
+    so do callbacks that monitor it: the best checkpoint is then the one with the best average. The average is kept in
+    float32 at least, since small steps get lost in a lower precision; what is no floating or complex number is as it is
+    in the parameters. To use the average by hand::
 
-        trainer.predict(state.replace(params=state.callback_states["ema"]["average"]), inputs)
+        average = optax.tree.cast_like(state.callback_states["ema"]["average"], state.params)
+        trainer.predict(state.replace(params=average), inputs)
 
     Args:
         decay: between 0 and 1; averages over about ``1 / (1 - decay)`` updates. As a ``Hyperparam`` it can be changed
@@ -30,7 +32,8 @@ def ema(decay: float | Hyperparam = 0.999, *, evaluate: bool = False, name: str 
         evaluate: whether to evaluate the average. Only one callback of a trainer may.
         name: of the callback. Its memory is ``{"average": like the parameters, "updated": bool scalar}``, the latter
             true between an update and the end of its batch, the ``Hyperparam``, and with ``evaluate`` also
-            ``{"swapped": bool scalar}``, whether average and parameters have changed places for an evaluation.
+            ``{"swapped": bool scalar, "set_aside": tuple}``: whether the average has taken the place of the parameters
+            for an evaluation, and where those of a low precision are meanwhile.
 
     Returns:
         A callback that keeps an average.
@@ -52,8 +55,13 @@ def ema(decay: float | Hyperparam = 0.999, *, evaluate: bool = False, name: str 
     changing = isinstance(decay, Hyperparam)
 
     def init(state: Any) -> Any:
-        numbers = {"hyperparams": {"decay": jnp.float32(number(decay))}} if changing else {}
-        return {"average": state.params, "updated": jnp.bool_(False), **numbers, **_swapped(name, evaluate, state)}
+        numbers = {"hyperparams": {"decay": jnp.asarray(number(decay), float)}} if changing else {}
+        return {
+            "average": _begun(state.params),
+            "updated": jnp.bool_(False),
+            **numbers,
+            **_swapped(name, evaluate, state),
+        }
 
     # Not every batch brings an update: windows of accumulation are open, and batches are skipped.
     def on_before_apply(batch_idx: Any, trainer: Any, state: Any, updates: Any, logs: Any) -> Any:
@@ -86,7 +94,7 @@ def swa(start_epoch: int, *, evaluate: bool = False, name: str = "swa") -> Callb
             the parameters. Only one callback of a trainer may.
         name: of the callback. Its memory is ``{"average": like the parameters, "count": int32 scalar}``: the average,
             which is the initial parameters as long as there is none, and how many epochs are in it; with ``evaluate``
-            also ``{"swapped": bool scalar}``, whether they have changed places for an evaluation.
+            also what that of :func:`ema` has then. The average is of the same dtypes as there.
 
     Returns:
         A callback that keeps an average.
@@ -105,14 +113,14 @@ def swa(start_epoch: int, *, evaluate: bool = False, name: str = "swa") -> Callb
     check_flag("swa", "evaluate", evaluate)
 
     def init(state: Any) -> Any:
-        return {"average": state.params, "count": jnp.int32(0), **_swapped(name, evaluate, state)}
+        return {"average": _begun(state.params), "count": jnp.int32(0), **_swapped(name, evaluate, state)}
 
     def on_epoch_end(epoch: Any, trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
         memory = state.callback_states[name]
-        counts = epoch >= start_epoch
-        count = memory["count"] + counts.astype(jnp.int32)
-        share = 1 / jnp.maximum(count, 1).astype(jnp.float32)
+        counts = jnp.asarray(epoch >= start_epoch)
+        count = jnp.where(counts, optax.safe_increment(memory["count"]), memory["count"])
+        share = 1 / jnp.maximum(count, 1).astype(float)
         average = _chosen(counts, _moved(memory["average"], state.params, share), memory["average"])
         return state.with_callback_state(name, {**memory, "average": average, "count": count}), logs
 
@@ -125,16 +133,30 @@ def _swaps(name: str, evaluate: bool) -> dict[str, Any]:
     def swapped(state: Any, due: Any) -> Any:
         """The state in which average and parameters have changed places, where that is due."""
         memory = state.callback_states[name]
-        params, average = _chosen(due, (memory["average"], state.params), (state.params, memory["average"]))
-        memory = {**memory, "average": average, "swapped": memory["swapped"] ^ due}
-        return state.replace(params=params).with_callback_state(name, memory)
+        params, structure = jax.tree.flatten(state.params)
+        averages, set_aside = jax.tree.leaves(memory["average"]), iter(memory["set_aside"])
+        aside = []
+        for i, (param, average) in enumerate(zip(params, averages, strict=True)):
+            if param.dtype == average.dtype:
+                params[i], averages[i] = _chosen(due, (average, param), (param, average))
+            else:  # a low precision, which cannot hold the average: that stays where it is
+                kept = next(set_aside)
+                evaluated = jnp.where(memory["swapped"], kept, average.astype(param.dtype))
+                new, kept = _chosen(due, (evaluated, param), (param, kept))
+                params[i] = new
+                aside.append(kept)
+        memory = {**memory, "average": structure.unflatten(averages), "set_aside": tuple(aside)}
+        memory["swapped"] = memory["swapped"] ^ due
+        return state.replace(params=structure.unflatten(params)).with_callback_state(name, memory)
 
     # Each hook does what its name says, whether or not a condition has left the other out.
     def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
         memory = state.callback_states[name]
-        there = memory["count"] > 0 if "count" in memory else True  # before that there is nothing to evaluate
-        return swapped(state, ~memory["swapped"] & there), logs
+        due = ~memory["swapped"]
+        if "count" in memory:  # before that there is nothing to evaluate
+            due &= memory["count"] > 0
+        return swapped(state, due), logs
 
     def on_evaluate_end(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
@@ -151,14 +173,33 @@ def _swapped(name: str, evaluate: bool, state: Any) -> dict[str, Any]:
     for other, memory in state.callback_states.items():
         if evaluated_in(memory):
             raise ValueError(f"{name}: only one callback of a trainer may have evaluate=True, and {other!r} has it")
-    return {"swapped": jnp.bool_(False)}
+    params = jax.tree.leaves(state.params)
+    return {"swapped": jnp.bool_(False), "set_aside": tuple(param for param in params if _is_low(param.dtype))}
+
+
+def _is_low(dtype: Any) -> bool:
+    """Whether it is a floating dtype of a lower precision than float32."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+
+
+def _begun(params: Any) -> Any:
+    """The average of one set of parameters: of float32 at least."""
+    return jax.tree.map(lambda param: param.astype(jnp.float32) if _is_low(param.dtype) else param, params)
 
 
 def _moved(average: Any, params: Any, share: Any) -> Any:
-    """The average, moved by a share of the way to the parameters; computed in float32 at least, whatever its dtypes."""
+    """The average, moved by a share of the way to the parameters; what has no average is as in the parameters."""
+
+    def moved(old: Any, new: Any) -> Any:
+        if not jnp.issubdtype(old.dtype, jnp.inexact):
+            return new
+        # The share in the precision of the average: in a lower one, what is added and what is left do not make one.
+        step = jnp.asarray(share, jnp.finfo(old.dtype).dtype)
+        updated: Any = optax.incremental_update(new.astype(old.dtype), old, step)
+        return updated.astype(old.dtype)
+
     with jax.numpy_dtype_promotion("standard"):
-        moved = optax.incremental_update(params, average, jnp.float32(share))
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, average)
+        return jax.tree.map(moved, average, params)
 
 
 def _chosen(condition: Any, yes: Any, no: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from problems import assert_bit_equal, batches, host, trainer
 
@@ -131,15 +132,91 @@ def test_swa_is_the_mean_of_the_ends_of_epochs():
     assert_bit_equal(a_trainer.fit(start, batches(4), 6)[0], state)
 
 
-def test_averages_keep_the_dtype_of_low_precision_parameters():
-    a_trainer = trainer(
-        library.ema(0.5), library.ema(ant.Hyperparam(0.5), name="changing"), library.swa(0), precision="bfloat16"
-    )
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), a_trainer.init(batches()[0]).params)
-    state, _ = a_trainer.fit(a_trainer.init(batches()[0], params=params), batches(2), 2)
-    for name in ("ema", "changing", "swa"):
-        assert {leaf.dtype for leaf in jax.tree.leaves(_average(state, name))} == {jnp.dtype(jnp.bfloat16)}
-    jax.tree.map(np.testing.assert_array_equal, _average(state), _average(state, "changing"))
+def begun(*callbacks: ant.Callback, **params: Any) -> ant.TrainState:
+    """A state with these parameters and the memories of the callbacks."""
+    model = (lambda key, inputs: (params, {}), lambda params, model_state, inputs, key: (inputs, model_state))
+    return trainer(*callbacks, model=model, optimizer=optax.identity()).init(batches()[0])
+
+
+MOVING = ("bfloat16", "float16", "float32", "float64", "complex64", "complex128")
+
+
+@pytest.mark.parametrize("dtype", MOVING)
+def test_an_average_of_parameters_of_any_dtype_moves(dtype):
+    with jax.enable_x64("64" in dtype or "128" in dtype):
+        ema: Any = library.ema(0.999)
+        swa: Any = library.swa(0)
+        start = begun(ema, swa, w=jnp.ones(3, dtype), **{} if "64" in dtype else {"whole": jnp.arange(3)})
+
+        def one(i: Any, state: ant.TrainState) -> ant.TrainState:
+            moved = {name: (leaf + (i % 2 + 1).astype(leaf.dtype)) for name, leaf in start.params.items()}
+            state = state.replace(params=moved)
+            state, _, logs = ema.on_before_apply(i, None, state, moved, {})
+            state, _ = ema.on_batch_end(i, None, state, logs)
+            return swa.on_epoch_end(i, None, state, logs)[0]
+
+        state = jax.jit(lambda state: jax.lax.fori_loop(0, 3000, one, state))(start.replace(host=None, stop=None))
+        precise = jnp.dtype(jnp.float32 if "16" in dtype else dtype)
+        ema_share = 1 - 0.999**3000
+        for name, expected in (("ema", 1 + 1.5 * ema_share), ("swa", 2.5)):
+            average = _average(state, name)
+            assert average["w"].dtype == precise
+            tolerance = 1e-12 if precise in (jnp.float64, jnp.complex128) else 3e-4
+            np.testing.assert_allclose(average["w"], np.full(3, expected), rtol=tolerance + 5e-4 * (name == "ema"))
+            if "whole" in average:
+                np.testing.assert_array_equal(average["whole"], state.params["whole"])
+
+
+@pytest.mark.parametrize("decay", [0.999, ant.Hyperparam(0.999)])
+def test_an_average_of_what_does_not_move_is_that(decay):
+    with jax.enable_x64(True):
+        ema: Any = library.ema(decay)
+        swa: Any = library.swa(0)
+        start = begun(ema, swa, real=jnp.full(3, 1 / 3), complex=jnp.full(3, 1 / 3 + 3j))
+
+        def one(i: Any, state: ant.TrainState) -> ant.TrainState:
+            state, _, logs = ema.on_before_apply(i, None, state, state.params, {})
+            return swa.on_epoch_end(i, None, ema.on_batch_end(i, None, state, logs)[0], logs)[0]
+
+        state = jax.jit(lambda state: jax.lax.fori_loop(0, 20_000, one, state))(start.replace(host=None, stop=None))
+        for name in ("ema", "swa"):
+            for leaf, param in zip(jax.tree.leaves(_average(state, name)), jax.tree.leaves(start.params), strict=True):
+                np.testing.assert_allclose(leaf, param, rtol=1e-12)
+
+
+def test_the_count_of_an_average_does_not_overflow():
+    swa: Any = library.swa(0)
+    state = begun(swa, w=jnp.ones(3))
+    state = state.with_callback_state("swa", {**state.callback_states["swa"], "count": jnp.int32(2**31 - 1)})
+    memory = swa.on_epoch_end(7, None, state, {})[0].callback_states["swa"]
+    assert memory["count"] == 2**31 - 1
+    np.testing.assert_array_equal(memory["average"]["w"], np.ones(3))
+
+
+@pytest.mark.parametrize("average", [library.ema(0.5, evaluate=True), library.swa(0, evaluate=True)])
+def test_an_average_of_a_low_precision_is_evaluated_in_it_and_lost_nowhere(average):
+    a_trainer, bare = (trainer(*callbacks, fuse=False, precision="bfloat16") for callbacks in ([average], []))
+    loader, val_loader = batches(3), batches(2, seed=1)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), a_trainer.init(loader[0]).params)
+    state = start = a_trainer.init(loader[0], params=params)
+    plain = bare.init(loader[0], params=params)
+    kept: Any = None
+    for epoch in range(3):
+        before = _average(state, average.name) if average.name == "swa" and epoch else None
+        state, history = a_trainer.fit(state, loader, epoch + 1, val_loader)
+        plain, _ = bare.fit(plain, loader, epoch + 1)
+        assert_bit_equal(state, plain, "params", "opt_state")
+        kept = _average(state, average.name)
+        assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype(jnp.float32)}
+        evaluated = before or (plain.params if average.name == "swa" else kept)
+        evaluated = plain.replace(params=optax.tree.cast_like(evaluated, plain.params))
+        assert history[-1]["val_loss"] == bare.evaluate(evaluated, val_loader)["val_loss"]
+        by_hand = optax.tree.cast_like(kept, state.params)  # as the docstring says
+        pairs = (a_trainer, state), (bare, plain)
+        outputs = [one.predict(run.replace(params=by_hand), loader[0][0]) for one, run in pairs]
+        np.testing.assert_array_equal(*outputs)
+    assert_bit_equal(a_trainer.fit(start, loader, 3, val_loader)[0], state)
+    assert any(np.any(leaf != leaf.astype(jnp.bfloat16).astype(jnp.float32)) for leaf in jax.tree.leaves(kept))
 
 
 @pytest.mark.parametrize("holds_at", ["begin", "end"])
