@@ -126,7 +126,7 @@ def _refuse_changes(name: str, what: str, before: PyTree, after: PyTree) -> None
         raise CallbackReturnError(f"{name} returned {what} of another structure, shape or dtype:{in_lines(lines)}")
 
 
-def _judged_logs(name: str, given: Logs, returned: Mapping[str, Any]) -> Logs:
+def _judged_logs(name: str, given: Mapping[str, Any], returned: Mapping[str, Any]) -> Mapping[str, Any]:
     if returned is given:
         return given
     dropped = [log for log in given if log not in returned]
@@ -140,7 +140,7 @@ def _judged_logs(name: str, given: Logs, returned: Mapping[str, Any]) -> Logs:
             raise CallbackReturnError(
                 f"{name} published the log {log!r} as {describe(value)}; a log is a number or an array under a string"
             )
-    return given.changed_to(returned)
+    return (given if isinstance(given, Logs) else Logs(given)).changed_to(returned)  # by hand it may be any mapping
 
 
 def is_number(value: Any) -> bool:

@@ -222,7 +222,7 @@ def roll_back(*, every: int = 100, times: int = 3, name: str = "roll_back") -> C
         del batch_idx, trainer
         memory = state.callback_states[name]
         leaves = jax.tree.leaves((logs["loss"], state.params, state.model_state, grads))
-        bad = jnp.any(_bad([leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]))
+        bad = jnp.any(_bad([leaf for leaf in leaves if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]))
         now, kept = worth_keeping(state), memory["kept"]
         due = ~bad & (state.step % every == 0)
         gone_back = jax.lax.cond(bad, lambda: kept, lambda: now)

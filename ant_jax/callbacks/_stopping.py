@@ -100,7 +100,7 @@ def early_stopping(
     def on_epoch_end(epoch: Any, trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
         memory = state.callback_states[name]
-        value, counts = jnp.asarray(logs[monitor], jnp.float32), epoch >= start_epoch
+        value, counts = jnp.asarray(logs[monitor], jnp.float32), jnp.asarray(epoch >= start_epoch)
         improved = counts & (sign * value < sign * memory["best"] - min_delta)
         reset = improved if baseline is None else improved & (sign * value < sign * baseline - min_delta)
         wait = jnp.where(reset | ~counts, 0, memory["wait"] + 1)

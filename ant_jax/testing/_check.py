@@ -7,10 +7,11 @@ import copy
 import io
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ant_jax._callback import BATCH_HOOKS, HOOKS, HOST_HOOKS, STEP_HOOKS, Callback, hooks_of
 from ant_jax._judging import judged
@@ -33,7 +34,8 @@ def check_callback(make: Callable[[], Callback], *, twice: bool = True, **option
     it names). Every hook, ``on_exception`` included, returns what went in, in the same form, and changes nothing in
     place; its memory survives saving and restoring; a run that goes on from the end of any epoch, or from within one,
     ends like the one that was not interrupted, a second run with the same trainer like the first, and one with a launch
-    a step like a fused one, all to the bit; and nothing is compiled after the first epoch.
+    a step like a fused one, all to the bit; and nothing is compiled after the first epoch. Its traced hooks called by
+    hand, without compiling, make the same of Python's numbers, NumPy's and JAX's.
 
     Args:
         make: makes the callback. Each call must give one that shares nothing with the others; what is written should go
@@ -62,6 +64,7 @@ def check_callback(make: Callable[[], Callback], *, twice: bool = True, **option
     moments = _Moments()
     fused = problem(callback, moments.callback(), **{**options, "fuse": True})
     _check_traces(callback, fused)
+    _check_by_hand(callback, fused)
     before = described(fused.state)
     with _counted_compilations() as compiled:
         moments.compiled = compiled
@@ -159,20 +162,65 @@ def _trained(callback: Callback, tiny: Problem, state: TrainState | None = None)
         raise CallbackFault(f"callback {callback.name!r}: training with it fails: {error}") from error
 
 
-def _check_traces(callback: Callback, tiny: Problem) -> None:
-    """Trace every hook that runs in compiled code by itself, twice."""
+class _Moment(NamedTuple):
+    """A hook that runs in compiled code, and what it may be given there."""
+
+    name: str
+    hook: Any
+    has_lead: bool
+    state: TrainState
+    trees: list[Any]
+    logs: Logs
+
+
+def _compiled_hooks(callback: Callback, tiny: Problem) -> Iterator[_Moment]:
     state = tiny.state.replace(host=None, stop=jnp.bool_(False), skip=None)
     batch = Logs({"batch_size": 8, "loss": jnp.float32(1.0)})
-    scalars = {"train_loss": jnp.float32(1.0), "val_loss": jnp.float32(1.0)}
+    scalars = Logs({"train_loss": jnp.float32(1.0), "val_loss": jnp.float32(1.0)})
     for name, hook in hooks_of(callback).items():
         if name not in STEP_HOOKS and (not callback.traced or name in HOST_HOOKS):
             continue
-        of_batch = name in BATCH_HOOKS or name in STEP_HOOKS
-        lead = [jnp.int32(0)] if HOOKS[name].lead else []
-        given: list[Any] = [state.replace(skip=jnp.bool_(False)) if name == "on_backward_end" else state]
-        given += [state.params] if HOOKS[name].tree else []
-        logs = batch if of_batch else Logs(scalars)
-        _check_trace(callback, name, hook, tiny.trainer, lead, given, logs)
+        skip = jnp.bool_(False) if name == "on_backward_end" else None
+        trees = [state.params] if HOOKS[name].tree else []
+        logs = batch if name in BATCH_HOOKS or name in STEP_HOOKS else scalars
+        yield _Moment(name, hook, HOOKS[name].lead is not None, state.replace(skip=skip), trees, logs)
+
+
+def _check_traces(callback: Callback, tiny: Problem) -> None:
+    """Trace every hook that runs in compiled code by itself, twice."""
+    for moment in _compiled_hooks(callback, tiny):
+        lead = [jnp.int32(0)] if moment.has_lead else []
+        given = [moment.state, *moment.trees]
+        _check_trace(callback, moment.name, moment.hook, tiny.trainer, lead, given, moment.logs)
+
+
+def _check_by_hand(callback: Callback, tiny: Problem) -> None:
+    """Call every such hook with numbers of every kind, several times in a row."""
+    kinds = {"JAX": (jnp.int32, jnp.float32), "Python": (int, float), "NumPy": (np.int64, np.float32)}
+    for moment in _compiled_hooks(callback, tiny):
+        name, host = moment.name, tiny.state.host
+        results: dict[str, list[Any]] = {}
+        for kind, (whole, real) in kinds.items():
+            given: Any = (moment.state.replace(host=host, stop=False), *moment.trees)
+            results[kind] = []
+            for lead in range(3):
+                logs = {log: value if isinstance(value, int) else real(value) for log, value in moment.logs.items()}
+                arguments = (*given, Logs(logs))
+                try:
+                    result = moment.hook(*([whole(lead)] if moment.has_lead else []), tiny.trainer, *arguments)
+                    *given, published = judged(name, arguments, result)
+                except UnknownLog:
+                    break
+                except Exception as error:
+                    fault = f"called by hand with {kind}'s numbers, it fails: {error}"
+                    raise CallbackFault(f"callback {callback.name!r}, {name}: {fault}") from error
+                numbers = {log: np.asarray(value, np.float64) for log, value in published.items()}
+                results[kind].append((described(given[0]), bool(given[0].stop), given[1:], numbers))
+        for kind, result in results.items():
+            same = all(jax.tree.leaves(jax.tree.map(np.array_equal, results["JAX"], result)))
+            _refuse(
+                not same, callback, f"called by hand, it makes another thing of {kind}'s numbers than of JAX's", name
+            )
 
 
 def _check_trace(

@@ -543,3 +543,24 @@ def test_what_is_open_is_closed_though_the_condition_no_longer_holds(tmp_path):
     early = library.when(lambda state, logs: state.epoch < 1, library.checkpoint(tmp_path))
     fitted(early, epochs=3)
     trainer().checkpointer(tmp_path).close()  # nobody holds it
+
+
+@pytest.mark.parametrize("logs", [{"loss": 1.0}, {"loss": np.float32(1)}, {"loss": jnp.float32(1)}])
+def test_by_hand_hooks_take_any_mapping_and_any_number(logs):
+    def doubling(batch_idx: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        return state, {**logs, "doubled": 2 * logs["loss"]}
+
+    def inner(name: str) -> ant.Callback:
+        return ant.Callback(name=name, traced=True, on_batch_end=doubling)
+
+    state = trainer().init(batches()[0])
+    makers: list[Any] = [
+        lambda: library.every(inner("a"), batches=2),
+        lambda: library.when(lambda state, logs: logs["loss"] > 0, inner("b")),
+        lambda: library.chain(inner("c"), inner("d")),
+        lambda: library.chain(library.every(inner("e"), batches=2), inner("f")),
+    ]
+    for make in makers:
+        for whole in (int, np.int64, jnp.int32):
+            _, after = make().on_batch_end(whole(3), None, state, logs)
+            assert float(after["doubled"]) == 2

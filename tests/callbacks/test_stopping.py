@@ -29,13 +29,18 @@ def publishing(values: list[Any]) -> ant.Callback:
 START = trainer().init(batches()[0]).replace(params={"epoch": jnp.int32(-1)})
 
 
-def stopped_at(values: list[Any], **options: Any) -> tuple[int | None, dict[str, Any]]:
-    """Call the hook once for each value: the epoch at which it asks to stop, and its memory then."""
+def stopped_at(
+    values: list[Any], whole: Any = jnp.int32, real: Any = np.float32, **options: Any
+) -> tuple[int | None, dict[str, Any]]:
+    """Call the hook once for each value: the epoch at which it asks to stop, and its memory then.
+
+    Epochs and values are numbers of the kinds `whole` and `real`.
+    """
     callback: Any = library.early_stopping("value", **options)
     state = START.replace(callback_states={callback.name: callback.init(START)})
     for epoch, value in enumerate(values):
         state = state.replace(params={"epoch": jnp.int32(epoch)})
-        state, _ = callback.on_epoch_end(jnp.int32(epoch), None, state, {"value": np.float32(value)})
+        state, _ = callback.on_epoch_end(whole(epoch), None, state, {"value": real(value)})
         if state.stop:
             return epoch, state.callback_states[callback.name]
     return None, state.callback_states[callback.name]
@@ -108,7 +113,8 @@ def test_on_random_sequences_it_decides_as_keras_does():
         values = [sign * (rng.randint(-16, 16) / 8 - epoch / 16) for epoch in range(10)]  # exact in float32
         values = [NAN if rng.random() < 0.05 else value for value in values]
         epoch, best, wait, best_epoch = by_keras(values, **options)
-        actual, memory = stopped_at(values, restore_best=True, **options)
+        kinds = [(jnp.int32, np.float32), (int, float), (np.int64, jnp.float32)][sequence % 3]
+        actual, memory = stopped_at(values, *kinds, restore_best=True, **options)
         what = f"{sequence}: {options} {values}"
         assert (actual, float(memory["best"]), int(memory["wait"])) == (epoch, best, wait), what
         assert int(memory["params"]["epoch"]) == best_epoch, what
@@ -129,6 +135,16 @@ def initial(key: Any, inputs: Any) -> Any:
 def restoring() -> ant.Trainer:
     stopping = library.early_stopping("value", patience=3, restore_best=True)
     return trainer(publishing([3, 2, 1, 2, 2, 2, 9]), stopping, model=(initial, counting))
+
+
+@pytest.mark.parametrize("whole", [int, np.int64, jnp.int32])
+def test_by_hand_a_run_ends_where_the_trainers_does(whole):
+    values = [3.0, 1.0, 2.0, NAN, 0.5, 2.0, 2.0, 2.0, 2.0]
+    cases: list[dict[str, Any]] = [{"patience": 2}, {"patience": 3}, {"patience": 2, "start_epoch": 4}]
+    for options in cases:
+        a_trainer = trainer(publishing(values), library.early_stopping("value", **options))
+        state, _ = a_trainer.fit(a_trainer.init(batches()[0]), batches(1), len(values))
+        assert stopped_at(values, whole, float, **options)[0] == state.epoch - 1
 
 
 def test_the_best_epochs_parameters_and_model_state_are_restored_to_the_bit(restoring):

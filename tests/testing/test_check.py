@@ -205,6 +205,15 @@ def launches_of_a_run_that_stops() -> ant.Callback:
     return ant.Callback(name="bad", on_epoch_end=on_epoch_end)
 
 
+def needing_an_array(epoch: Any, trainer: Any, state: Any, logs: Any) -> Any:
+    return state, {**logs, "late": (epoch >= 1).astype(jnp.int32)}
+
+
+def inverting(epoch: Any, trainer: Any, state: Any, logs: Any) -> Any:
+    count = jnp.where(~(epoch >= 1), 0, state.callback_states["bad"]["n"] + 1)
+    return state.with_callback_state("bad", {"n": count}), logs
+
+
 WRONG: dict[str, tuple[Callable[[], ant.Callback], str]] = {
     "a counter in the closure": (counter_in_the_closure, "on_backward_end: traced twice it gives two programs"),
     "a clock": (
@@ -261,6 +270,14 @@ WRONG: dict[str, tuple[Callable[[], ant.Callback], str]] = {
     ),
     "a dropped log": (gradient_hook(lambda state, grads, logs: (state, grads, {})), "dropped the log 'batch_size'"),
     "an exception": (epoch_hook(lambda state, logs: 1 / 0), "training with it fails: division by zero"),
+    "an epoch that must be an array": (
+        lambda: ant.Callback(name="bad", traced=True, on_epoch_end=needing_an_array),
+        "on_epoch_end: called by hand with Python's numbers, it fails: .*'bool' object has no attribute 'astype'",
+    ),
+    "a Python bool inverted": (
+        lambda: ant.Callback(name="bad", traced=True, init=lambda state: {"n": jnp.int32(0)}, on_epoch_end=inverting),
+        "on_epoch_end: called by hand, it makes another thing of Python's numbers than of JAX's",
+    ),
     "a Python branch": (
         gradient_hook(lambda state, grads, logs: (state, scaled(grads, 2.0) if logs["loss"] > 1 else grads, logs)),
         "on_backward_end: Attempted boolean conversion of traced array",
