@@ -167,6 +167,21 @@ def in_step(callback: Callback) -> bool:
     return callback.traced or any(name in STEP_HOOKS for name in hooks_of(callback))
 
 
+class LateInit:
+    """An ``init`` that sees the memories of all other callbacks, wherever in the list its own one stands."""
+
+    def __init__(self, init: Callable[[Any], Any]):
+        self._init = init
+
+    def __call__(self, state: Any) -> Any:
+        return self._init(state)
+
+
+def in_order_of_init(callbacks: Iterable[Callback]) -> list[Callback]:
+    """The callbacks in the order in which their memories are made: those with a ``LateInit`` last."""
+    return sorted(callbacks, key=lambda callback: isinstance(callback.init, LateInit))
+
+
 def checked(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
     """Return the callbacks as a tuple after checking each, and that their names are unique.
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ant_jax._memories import Memories
 from ant_jax._trees import describe
 
 
@@ -44,11 +45,10 @@ def encoded(value: Any, where: str) -> Any:
         return [encoded(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if type(value) is tuple:
         return {"tuple": [encoded(item, f"{where}[{i}]") for i, item in enumerate(value)]}
-    if type(value) is dict:
+    if type(value) in (dict, Memories):
+        kind = "dict" if type(value) is dict else "memories"
         items = value.items()
-        return {
-            "dict": [[encoded(key, f"a key of {where}"), encoded(item, f"{where}[{key!r}]")] for key, item in items]
-        }
+        return {kind: [[encoded(key, f"a key of {where}"), encoded(item, f"{where}[{key!r}]")] for key, item in items]}
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return {"key": encoded(np.asarray(jax.random.key_data(value)), where), "impl": str(jax.random.key_impl(value))}
     if isinstance(value, jax.Array | np.generic) or type(value) is np.ndarray:  # a subclass may hold more than numbers
@@ -81,6 +81,8 @@ def decoded(value: Any) -> Any:
             return tuple(decoded(item) for item in items)
         case {"dict": items}:
             return {decoded(key): decoded(item) for key, item in items}
+        case {"memories": items}:
+            return Memories({decoded(key): decoded(item) for key, item in items})
         case {"key": data, "impl": impl}:
             return jax.random.wrap_key_data(jnp.asarray(decoded(data)), impl=impl)
     ((kind, data),) = [(kind, value[kind]) for kind in ("device", "array", "scalar") if kind in value]

@@ -19,6 +19,7 @@ from ant_jax._callback import (
     HookFn,
     checked,
     hooks_of,
+    in_order_of_init,
     in_step,
 )
 from ant_jax._judging import is_number, judged, refuse_assignment
@@ -155,10 +156,10 @@ class Events:
 def initial_memories(callbacks: Iterable[Callback], state: TrainState) -> dict[str, Any]:
     """Make every callback's own memory, by name; what a step's hook must reach becomes device arrays.
 
-    Each ``init`` is given the state with the memories of the callbacks before it.
+    Each ``init`` is given the state with the memories that are made before its own.
     """
     memories: dict[str, Any] = {}
-    for callback in callbacks:
+    for callback in in_order_of_init(callbacks):
         try:
             memory = callback.init(state.replace(callback_states=dict(memories)))
         except Exception as error:

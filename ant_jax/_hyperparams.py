@@ -1,7 +1,8 @@
 """Hyper-parameters that live in the state, so that changing one compiles nothing.
 
-optax's ``inject_hyperparams`` keeps them in a state with a mapping ``hyperparams``; a callback's memory may have a
-mapping of that name, too. Here they are found, by name, and replaced.
+optax's ``inject_hyperparams`` keeps them in a state with a mapping ``hyperparams``; a callback's memory may be a dict
+with a mapping of that name, too. Here they are found, by name, and replaced. Anywhere else, in the parameters that a
+memory has for instance, the name is the user's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from ant_jax._memories import Memories
 from ant_jax._trees import PyTree
 
 
@@ -59,9 +62,14 @@ def changeable(opt_state: PyTree, callback_states: Mapping[str, Any]) -> dict[st
 
 def carried(opt_state: PyTree, like: PyTree) -> PyTree:
     """Return an optimizer state with the hyper-parameters of another one, but for those that a schedule sets."""
-    places = _places(like, {}).values()
-    replaced = {(place.path, place.name): place.value for place in places if not place.scheduled}
+    replaced = {(place.path, place.name): place.value for place in _walk(like, "", "") if not place.scheduled}
     return _rewritten(opt_state, "", replaced) if replaced else opt_state
+
+
+def carried_in_memory(memory: Any, like: Any) -> Any:
+    """The same for a callback's memory."""
+    replaced = {(place.path, place.name): place.value for place in _walk_memory(like, "", "") if not place.scheduled}
+    return _rewritten_memory(memory, "", replaced) if replaced else memory
 
 
 def written(
@@ -98,9 +106,9 @@ def written(
                 f"ant_jax.callbacks.learning_rate_schedule"
             )
         replaced.setdefault(place.owner, {})[place.path, place.name] = like(value, place.value)
-    states = {"": opt_state, **callback_states}
-    states |= {owner: _rewritten(states[owner], "", new) for owner, new in replaced.items()}
-    return states.pop(""), states
+    optax_state = _rewritten(opt_state, "", replaced.pop("", {}))
+    changed = {owner: _rewritten_memory(callback_states[owner], "", new) for owner, new in replaced.items()}
+    return optax_state, {**callback_states, **changed}
 
 
 def _is_whole(value: Any) -> bool:
@@ -128,12 +136,12 @@ class _Place:
 
 def _places(opt_state: PyTree, callback_states: Mapping[str, Any]) -> dict[str, _Place]:
     found: dict[str, _Place] = {}
-    for owner, tree in {"": opt_state, **callback_states}.items():
-        places = list(_walk(tree, owner, ""))
+    walks = [_walk(opt_state, "", "")] + [_walk_memory(memory, name, "") for name, memory in callback_states.items()]
+    for places in map(list, walks):
         names = [place.name for place in places]
         for place in places:
             within = "" if names.count(place.name) == 1 else place.path.strip("/")
-            found["/".join(part for part in (owner, within, place.name) if part)] = place
+            found["/".join(part for part in (place.owner, within, place.name) if part)] = place
     return found
 
 
@@ -154,39 +162,65 @@ def _resolved(name: str, places: Mapping[str, Any]) -> str:
     )
 
 
-def _hyperparams_of(node: Any) -> Mapping[str, Any] | None:
-    found = node.get("hyperparams") if isinstance(node, dict) else getattr(node, "hyperparams", None)
-    return found if isinstance(found, Mapping) else None
-
-
-def _inside(node: Any) -> Any:
-    """What a node with hyper-parameters has beside them."""
-    if isinstance(node, dict):
-        return {name: part for name, part in node.items() if name != "hyperparams"}
-    return getattr(node, "inner_state", None)
+def _injected(node: Any) -> bool:
+    return isinstance(node, optax.InjectStatefulHyperparamsState)
 
 
 def _walk(tree: PyTree, owner: str, path: str) -> Iterator[_Place]:
-    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: _hyperparams_of(node) is not None)
+    """The places in an optimizer's state."""
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_injected)
     for keys, node in nodes:
-        hyperparams = _hyperparams_of(node)
-        if hyperparams is not None:
+        if _injected(node):
             here = path + jax.tree_util.keystr(keys, simple=True, separator="/")
-            scheduled = getattr(node, "hyperparams_states", {})
-            yield from (_Place(owner, here, name, value, name in scheduled) for name, value in hyperparams.items())
-            yield from _walk(_inside(node), owner, f"{here}/")
+            scheduled = node.hyperparams_states
+            yield from (_Place(owner, here, name, value, name in scheduled) for name, value in node.hyperparams.items())
+            yield from _walk(node.inner_state, owner, f"{here}/")
 
 
-def _rewritten(tree: PyTree, path: str, replaced: Mapping[tuple[str, str], Any]) -> PyTree:
+def _walk_memory(memory: Any, owner: str, path: str) -> Iterator[_Place]:
+    """The places in a callback's memory."""
+    if isinstance(memory, Memories):
+        for name, inner in memory.items():
+            yield from _walk_memory(inner, owner, f"{path}{name}/")
+    elif _has_own(memory):
+        values = memory["hyperparams"].items()
+        yield from (_Place(owner, path, name, value, scheduled=False) for name, value in values)
+        yield from _walk(_beside(memory), owner, path)
+    else:
+        yield from _walk(memory, owner, path)
+
+
+def _has_own(memory: Any) -> bool:
+    return isinstance(memory, dict) and isinstance(memory.get("hyperparams"), Mapping)
+
+
+def _beside(memory: Mapping[str, Any]) -> dict[str, Any]:
+    """What a memory with hyper-parameters has beside them."""
+    return {name: part for name, part in memory.items() if name != "hyperparams"}
+
+
+_Replaced = Mapping[tuple[str, str], Any]  # by the place's path and name
+
+
+def _rewritten(tree: PyTree, path: str, replaced: _Replaced) -> PyTree:
     def rewrite(keys: Any, node: Any) -> Any:
-        hyperparams = _hyperparams_of(node)
-        if hyperparams is None:
+        if not _injected(node):
             return node
         here = path + jax.tree_util.keystr(keys, simple=True, separator="/")
-        new = {name: replaced.get((here, name), value) for name, value in hyperparams.items()}
-        inside = _rewritten(_inside(node), f"{here}/", replaced)
-        if isinstance(node, dict):
-            return {**inside, "hyperparams": new}
-        return node._replace(hyperparams=new, **({"inner_state": inside} if hasattr(node, "inner_state") else {}))
+        inner_state = _rewritten(node.inner_state, f"{here}/", replaced)
+        return node._replace(hyperparams=_changed(node.hyperparams, here, replaced), inner_state=inner_state)
 
-    return jax.tree_util.tree_map_with_path(rewrite, tree, is_leaf=lambda node: _hyperparams_of(node) is not None)
+    return jax.tree_util.tree_map_with_path(rewrite, tree, is_leaf=_injected)
+
+
+def _rewritten_memory(memory: Any, path: str, replaced: _Replaced) -> Any:
+    if isinstance(memory, Memories):
+        return Memories({n: _rewritten_memory(inner, f"{path}{n}/", replaced) for n, inner in memory.items()})
+    if _has_own(memory):
+        own = _changed(memory["hyperparams"], path, replaced)
+        return {**_rewritten(_beside(memory), path, replaced), "hyperparams": own}
+    return _rewritten(memory, path, replaced)
+
+
+def _changed(hyperparams: Mapping[str, Any], path: str, replaced: _Replaced) -> dict[str, Any]:
+    return {name: replaced.get((path, name), value) for name, value in hyperparams.items()}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import struct
 from problems import assert_bit_equal, batches, host, standard_promotion, trainer
 
 import ant_jax as ant
@@ -250,3 +251,62 @@ def test_a_state_with_a_number_of_another_shape_is_refused():
     state = a_trainer.init(batches()[0]).with_hyperparams(learning_rate=jnp.ones(3))
     with pytest.raises(ant.StateMismatch, match=r"learning_rate: expected float32\[\], got float32\[3\]"):
         a_trainer.fit(state, batches(1), 1)
+
+
+# --- names that are the user's
+
+
+NAMED = {"hyperparams": {"scale": jnp.ones(4)}, "average": jnp.ones(4), "swapped": jnp.ones(4), "count": jnp.ones(4)}
+
+
+def named_apply(params: Any, model_state: Any, inputs: Any, key: Any) -> Any:
+    kernel = params["hyperparams"]["scale"] * params["average"]
+    return inputs @ jnp.stack([kernel, 2 * kernel, 3 * kernel], axis=1), model_state
+
+
+def named_trainer(*callbacks: ant.Callback, **options: Any) -> ant.Trainer:
+    return trainer(*callbacks, model=(lambda key, inputs: (NAMED, {}), named_apply), **options)
+
+
+def test_parameters_may_have_any_names(tmp_path):
+    def made(*more: ant.Callback) -> ant.Trainer:
+        chained = library.chain(library.ema(Hyperparam(0.5), name="own"), library.early_stopping(restore_best=True))
+        callbacks = [library.ema(0.5, evaluate=True), library.roll_back(), library.chain(chained, name="outer"), *more]
+        return named_trainer(*callbacks, optimizer=injected(optax.adam, learning_rate=0.5))
+
+    whole, start = made(), made().init(batches()[0])
+    assert set(start.hyperparams) == {"learning_rate", "b1", "b2", "eps", "eps_root", "outer/decay"}
+    state, _ = whole.fit(start, batches(2), 3, batches(1))
+    saving = made(library.checkpoint(tmp_path))
+    saving.fit(saving.init(batches()[0]), batches(2), 2, batches(1))
+    resumed, _ = made().fit(start, batches(2), 3, batches(1), resume=tmp_path)
+    assert_bit_equal(state, resumed)
+    changed = state.with_hyperparams(decay=0.25, learning_rate=0.125)
+    assert float(changed.hyperparams["decay"]) == 0.25 and float(changed.hyperparams["learning_rate"]) == 0.125
+    assert changed.callback_states["ema"] is state.callback_states["ema"]
+
+
+@struct.dataclass
+class Module:
+    """A model whose attribute has the name of optax's."""
+
+    w: Any
+    hyperparams: dict[str, Any] = struct.field(pytree_node=False, default_factory=lambda: {"depth": 2})
+
+
+def test_an_attribute_of_the_parameters_may_be_called_hyperparams():
+    model = (
+        lambda key, inputs: (Module(jnp.ones((4, 3))), {}),
+        lambda params, rest, inputs, key: (inputs @ params.w, rest),
+    )
+    a_trainer = trainer(library.ema(0.5), model=model, optimizer=injected(optax.adam, learning_rate=0.5))
+    state = a_trainer.init(batches()[0]).with_hyperparams(learning_rate=0.25)
+    assert float(a_trainer.fit(state, batches(1), 1)[0].hyperparams["learning_rate"]) == 0.25
+
+
+def test_the_memory_of_a_chain_on_the_host_is_saved_with_its_numbers(tmp_path):
+    own = host("own", init=lambda state: {"hyperparams": {"threshold": 0.5}})
+    a_trainer = trainer(library.chain(own, library.time_limit(1e6)))
+    state = a_trainer.init(batches()[0]).with_hyperparams(threshold=0.25)
+    a_trainer.save(tmp_path, state)
+    assert a_trainer.restore(tmp_path).hyperparams == {"chain/threshold": 0.25}

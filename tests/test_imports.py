@@ -14,8 +14,8 @@ PACKAGE = pathlib.Path(ant_jax.__file__).parent
 
 # Bottom to top: a module may import those above its own line.
 LAYERS = [
-    {"_finite", "_interrupt", "_pace", "_requirements", "_seal", "_trees"},
-    {"_encoding", "_history", "_lock", "_hyperparams", "_logs", "_objective", "_sums", "_models", "metrics"},
+    {"_finite", "_interrupt", "_memories", "_pace", "_requirements", "_seal", "_trees"},
+    {"_encoding", "_history", "_hyperparams", "_lock", "_logs", "_objective", "_sums", "_models", "metrics"},
     {"_state", "data"},
     {"_branches", "_callback", "_feed", "_snapshot"},
     {"_checking"},
@@ -77,7 +77,8 @@ def test_a_module_imports_only_from_layers_below_its_own(name):
 
 
 FOR_CALLBACKS = {
-    "_branches", "_callback", "_finite", "_history", "_hyperparams", "_judging", "_objective", "_seal", "_trees",
+    "_branches", "_callback", "_finite", "_history", "_hyperparams", "_judging", "_memories", "_objective", "_seal",
+    "_trees",
 }  # fmt: skip
 
 

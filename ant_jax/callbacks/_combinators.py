@@ -11,8 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from ant_jax._branches import run_if
-from ant_jax._callback import BATCH_HOOKS, HOOKS, STEP_HOOKS, Callback, HookFn, checked, hooks_of
+from ant_jax._callback import (
+    BATCH_HOOKS,
+    HOOKS,
+    STEP_HOOKS,
+    Callback,
+    HookFn,
+    LateInit,
+    checked,
+    hooks_of,
+    in_order_of_init,
+)
 from ant_jax._judging import judged
+from ant_jax._memories import Memories
 from ant_jax.callbacks._arguments import check_count, check_function
 from ant_jax.callbacks._averages import evaluated_in
 from ant_jax.callbacks._background import bearing
@@ -151,11 +162,11 @@ def chain(*callbacks: Callback, name: str = "chain") -> Callback:
 
     def init(state: Any) -> Any:
         memories: dict[str, Any] = {}
-        for member in members:
+        for member in in_order_of_init(members):
             memory = member.init(state.replace(callback_states={**state.callback_states, **memories}))
             if memory is not None:
                 memories[member.name] = memory
-        return memories or None
+        return Memories(memories) if memories else None
 
     def hook_of(hook_name: str) -> HookFn:
         def hook(*arguments: Any) -> Any:
@@ -174,7 +185,9 @@ def chain(*callbacks: Callback, name: str = "chain") -> Callback:
         return hook
 
     hooks: dict[str, Any] = {hook: hook_of(hook) for hook in HOOKS if any(hook in hooks_of(m) for m in members)}
-    return Callback(name=name, init=init, traced=placed[0].traced, every=placed[0].every, **hooks)
+    late = any(isinstance(member.init, LateInit) for member in members)
+    first = LateInit(init) if late else init
+    return Callback(name=name, init=first, traced=placed[0].traced, every=placed[0].every, **hooks)
 
 
 def _unfolded(name: str, state: Any) -> Any:
@@ -187,7 +200,8 @@ def _folded(name: str, before: Any, after: Any) -> Any:
     """Undo ``_unfolded``, after a hook."""
     outer, memories, inner = before.callback_states, before.callback_states[name], after.callback_states
     kept = {owner: memory if owner in memories else inner[owner] for owner, memory in outer.items() if owner != name}
-    return after.replace(callback_states={**kept, name: {owner: inner[owner] for owner in memories}})
+    folded = Memories({owner: inner[owner] for owner in memories})
+    return after.replace(callback_states={**kept, name: folded})
 
 
 def tolerate(callback: Callback, *, failures: int = 3) -> Callback:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ant_jax._callback import Callback
+from ant_jax._callback import Callback, LateInit
 from ant_jax._finite import NonFiniteError
-from ant_jax._hyperparams import carried
+from ant_jax._hyperparams import carried, carried_in_memory
+from ant_jax._memories import members_of, with_members
 from ant_jax._trees import named_leaves
 from ant_jax.callbacks._arguments import check_count
+from ant_jax.callbacks._averages import averages
 
 
 _REMEDIES = "A lower learning rate, clip_by_global_norm or skip_nonfinite may help"
@@ -171,19 +174,22 @@ def roll_back(*, every: int = 100, times: int = 3, name: str = "roll_back") -> C
     """Go back to the last good parameters where a number is not finite, and go on with the data that follows.
 
     Inside the step, in ``on_backward_end``, it looks at the parameters, the model state, the loss and the gradients, as
-    the callbacks before it left these. Every so many batches, where all are finite, it keeps parameters, model state
-    and optimizer state. At a bad batch these take the place of the present ones; the batch counts for nothing, as with
-    :func:`skip_nonfinite`, and an accumulation window that is open is emptied. Data, ``state.step``, hyper-parameters
-    and the other callbacks' memories do not go back: the same batches from the same parameters would lead to the same
+    the callbacks before it left these. Every so many batches, where all are finite, it keeps parameters, model state,
+    optimizer state and what other callbacks remember of floating numbers. At a bad batch these take the place of the
+    present ones; the batch counts for nothing, as with :func:`skip_nonfinite`, and an accumulation window that is open
+    is emptied. Of the other callbacks' memories, those with an average of the parameters (:func:`ema`, :func:`swa`) go
+    back, and those in which a number that was finite when it was kept is not any more. Data, ``state.step``,
+    hyper-parameters and all other memories do not: the same batches from the same parameters would lead to the same
     number. (A ``checkpoint`` that comes between an update that spoils parameters and the batch after it refuses them,
     and ends the run: let it save rarely, or inside ``tolerate``.)
 
     Args:
-        every: batches between one keeping and the next. It costs memory for a second set of parameters and optimizer
-            state, and so much of each checkpoint.
+        every: batches between one keeping and the next. It costs memory for a second set of parameters, optimizer state
+            and averages, and so much of each checkpoint.
         times: how many times a run may go back; one that must once more ends with an error.
-        name: of the callback. Its memory is ``{"kept": {"params", "model_state", "opt_state"}, "times": int32
-            scalar}``, the optimizer state as its leaves, the latter how many times it has gone back so far.
+        name: of the callback. Its memory is ``{"kept": {"params", "model_state", "opt_state", "memories"}, "times":
+            int32 scalar}``, the optimizer state and each callback's memory as their leaves, the latter how many times
+            it has gone back so far.
 
     Returns:
         A callback that publishes ``step_skipped`` at every batch, 1 where it went back, and ``roll_backs`` at the end
@@ -204,12 +210,17 @@ def roll_back(*, every: int = 100, times: int = 3, name: str = "roll_back") -> C
     times = check_count("roll_back", "times", times)
 
     def init(state: Any) -> Any:
-        return {"kept": worth_keeping(state), "times": jnp.int32(0)}
+        others = [other for other, memory in state.callback_states.items() if _may_be_spoilt(memory)]
+        return {"kept": worth_keeping(state, others), "times": jnp.int32(0)}
 
-    def worth_keeping(state: Any) -> Any:
+    def worth_keeping(state: Any, others: Iterable[str]) -> Any:
         # The leaves alone: hyper-parameters are to be found in the optimizer's own state, and nowhere else.
-        leaves = jax.tree.leaves(state.opt_state)
-        return {"params": state.params, "model_state": state.model_state, "opt_state": leaves}
+        return {
+            "params": state.params,
+            "model_state": state.model_state,
+            "opt_state": jax.tree.leaves(state.opt_state),
+            "memories": {other: jax.tree.leaves(state.callback_states[other]) for other in others},
+        }
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
@@ -223,9 +234,19 @@ def roll_back(*, every: int = 100, times: int = 3, name: str = "roll_back") -> C
         memory = state.callback_states[name]
         leaves = jax.tree.leaves((logs["loss"], state.params, state.model_state, grads))
         bad = jnp.any(_bad([leaf for leaf in leaves if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]))
-        now, kept = worth_keeping(state), memory["kept"]
+        kept = memory["kept"]
+        now = worth_keeping(state, kept["memories"])
+        structures = {other: jax.tree.structure(state.callback_states[other]) for other in kept["memories"]}
+
+        def back() -> Any:
+            memories = {
+                other: _gone_back(structures[other].unflatten(leaves), state.callback_states[other])
+                for other, leaves in kept["memories"].items()
+            }
+            return {**kept, "memories": {other: jax.tree.leaves(memory) for other, memory in memories.items()}}
+
         due = ~bad & (state.step % every == 0)
-        gone_back = jax.lax.cond(bad, lambda: kept, lambda: now)
+        gone_back = jax.lax.cond(bad, back, lambda: now)
         memory = {
             "kept": jax.lax.cond(due, lambda: now, lambda: kept),
             "times": memory["times"] + bad.astype(jnp.int32),
@@ -238,7 +259,9 @@ def roll_back(*, every: int = 100, times: int = 3, name: str = "roll_back") -> C
             )
             state = state.replace(accumulator=emptied)
         opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), gone_back["opt_state"])
+        memories = {other: structures[other].unflatten(leaves) for other, leaves in gone_back.pop("memories").items()}
         state = state.replace(**{**gone_back, "opt_state": carried(opt_state, state.opt_state)})
+        state = state.replace(callback_states={**state.callback_states, **memories})
         state = state.with_callback_state(name, memory)
         return state.skip_batch(when=bad).request_stop(when=memory["times"] > times), grads, logs
 
@@ -258,13 +281,36 @@ def roll_back(*, every: int = 100, times: int = 3, name: str = "roll_back") -> C
 
     return Callback(
         name=name,
-        init=init,
+        init=LateInit(init),
         every=None,
         on_train_begin=on_train_begin,
         on_backward_end=on_backward_end,
         on_batch_end=on_batch_end,
         on_epoch_end=on_epoch_end,
     )
+
+
+def _may_be_spoilt(memory: Any) -> bool:
+    """Whether a memory is on the device and has numbers that may become infinite or NaN."""
+    leaves = jax.tree.leaves(memory)
+    on_device = all(isinstance(leaf, jax.Array) for leaf in leaves)
+    return on_device and any(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves)
+
+
+def _gone_back(kept: Any, now: Any) -> Any:
+    """A memory as it was kept, where it has an average or has been spoilt since, but with its hyper-parameters."""
+
+    def of_member(kept: Any, now: Any) -> Any:
+        if averages(now):
+            return carried_in_memory(kept, now)
+        pairs = zip(jax.tree.leaves(kept), jax.tree.leaves(now), strict=True)
+        floats = [(old, new) for old, new in pairs if jnp.issubdtype(new.dtype, jnp.inexact)]
+        spoilt = jnp.any(jnp.array([jnp.any(jnp.isfinite(old) & ~jnp.isfinite(new)) for old, new in floats], bool))
+        chosen = jax.tree.map(lambda old, new: jnp.where(spoilt, old, new), kept, now)
+        return carried_in_memory(chosen, now)
+
+    members = zip(members_of(kept), members_of(now), strict=True)
+    return with_members(now, [of_member(*pair) for pair in members])
 
 
 def _has_stopped(state: Any) -> bool:

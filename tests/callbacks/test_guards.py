@@ -1,5 +1,6 @@
 """Numbers that are not finite: the run ends and says where the first one was, or goes on without the batch."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -259,3 +260,104 @@ def test_refuses(bad):
         library.skip_nonfinite(max_consecutive=bad)
     allowed = "a whole number of batches, at least 1"
     assert str(caught.value) == f"skip_nonfinite: max_consecutive must be {allowed}, got {bad!r}"
+
+
+# --- going back, and what other callbacks remember
+
+
+def spoiling(step: int) -> ant.Callback:
+    """Makes the update of one step infinite."""
+
+    def on_before_apply(batch_idx: Any, trainer: Any, state: Any, updates: Any, logs: Any) -> Any:
+        return state, jax.tree.map(lambda leaf: jnp.where(state.step == step, jnp.inf, leaf), updates), logs
+
+    return ant.Callback(name="spoil", on_before_apply=on_before_apply)
+
+
+def leaving_out(*steps: int) -> ant.Callback:
+    def on_backward_end(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+        return state.skip_batch(when=jnp.isin(state.step, jnp.array(steps))), grads, logs
+
+    return ant.Callback(name="leave_out", on_backward_end=on_backward_end)
+
+
+def counting() -> ant.Callback:
+    """Remembers a sum that a spoilt number spoils, and in a memory of its own the number of batches."""
+
+    def on_batch_end(batch_idx: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        memory = state.callback_states["sum"]
+        total = memory["total"] + jnp.abs(state.params["a"])
+        return state.with_callback_state("sum", {"total": total}), logs
+
+    return ant.Callback(
+        name="sum", traced=True, init=lambda state: {"total": jnp.float32(0)}, on_batch_end=on_batch_end
+    )
+
+
+def batch_counter() -> ant.Callback:
+    def on_batch_end(batch_idx: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        return state.with_callback_state("batches", state.callback_states["batches"] + 1), logs
+
+    return ant.Callback(name="batches", traced=True, init=lambda state: jnp.int32(0), on_batch_end=on_batch_end)
+
+
+@pytest.mark.parametrize("order", ["before", "after", "chained", "in two chains"])
+def test_averages_go_back_with_the_parameters_and_nothing_stays_spoilt(order):
+    averages = [library.ema(ant.Hyperparam(0.75), evaluate=True), library.swa(0)]
+    others, back = [*averages, counting(), batch_counter()], library.roll_back(every=1)
+    callbacks = {
+        "before": [back, *others],
+        "after": [*others, back],
+        "chained": [back, library.chain(*others)],
+        "in two chains": [library.chain(library.chain(*others, name="inner"), name="outer"), back],
+    }[order]
+    batches, val = good(4), good(1)
+    a_trainer = guarded(spoiling(6), *callbacks)
+    state, history = a_trainer.fit(a_trainer.init(batches[0]), batches, 4, val)
+    assert history.to_dict()["roll_backs"] == [0, 1, 1, 1]
+    assert all(np.isfinite(history.to_dict()["val_loss"]))
+
+    plain = guarded(leaving_out(6, 7), *others)  # neither the spoilt update nor the batch that found it
+    expected, _ = plain.fit(plain.init(batches[0]), batches, 4, val)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)  # they are two programs
+    jax.tree.map(close, (state.params, state.opt_state), (expected.params, expected.opt_state))
+    memories = state.callback_states
+    while "ema" not in memories:
+        memories = memories[next(name for name in ("chain", "outer", "inner") if name in memories)]
+    for name in ("ema", "swa"):
+        jax.tree.map(close, memories[name]["average"], expected.callback_states[name]["average"])
+    assert np.isfinite(memories["sum"]["total"])
+    assert memories["batches"] == 16
+
+
+def test_a_changed_number_does_not_go_back_with_its_average():
+    def change(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        return (state.with_hyperparams(decay=0.25) if batch_idx == 1 else state), logs
+
+    callbacks = [
+        spoiling(2),
+        library.roll_back(every=100),
+        library.ema(ant.Hyperparam(0.75)),
+        host(on_batch_end=change),
+    ]
+    a_trainer = guarded(*callbacks)
+    state, history = a_trainer.fit(a_trainer.init(good(1)[0]), good(4), 1)
+    assert history[0]["roll_backs"] == 1
+    assert float(state.hyperparams["decay"]) == 0.25
+    start = a_trainer.init(good(1)[0])
+    assert_bit_equal(state, start, "params")  # kept at the first batch of all
+    jax.tree.map(np.testing.assert_array_equal, state.callback_states["ema"]["average"], start.params)
+
+
+def test_an_emptied_window_has_no_value_either():
+    def update(updates: Any, state: Any, params: Any = None, *, value: Any, **_: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, updates), jnp.append(state, value)[1:]
+
+    make: Any = optax.GradientTransformationExtraArgs
+    optimizer = make(lambda params: jnp.zeros(2), update)
+    batches = good(4)
+    spoilt_batches = [batches[0], spoilt(batches[1], *NAN), *batches[2:]]
+    a_trainer = guarded(library.roll_back(every=1), optimizer=optimizer, gradient_accumulation_steps=2)
+    state, _ = a_trainer.fit(a_trainer.init(batches[0]), spoilt_batches, 1)
+    losses = [float(loss_fn(state.params, state.model_state, batch, None)[0]) for batch in batches]
+    np.testing.assert_allclose(state.opt_state, [0.0, np.mean(losses[2:])], rtol=1e-6)
