@@ -68,6 +68,7 @@ class Beginning:
             callback_states={},
             stop=False,
             host=HostFields(),
+            cycle=jnp.zeros((), jnp.int32),
         )
 
     def part(self, state: TrainState) -> DevicePart:

@@ -154,7 +154,7 @@ class Checkpointer:
             NonFiniteError: the save before this one was of a state with numbers that are not finite.
         """
         self.wait()
-        step, moment = int(state.step), _moment(state)
+        step, moment = state.total_steps, _moment(state)
         replaces = step == self.latest_step and moment > self._moments.get(step, moment)
         if self.steps and step <= self.steps[-1] and not replaces:
             raise FileExistsError(
@@ -218,7 +218,7 @@ class Checkpointer:
 
     def has(self, state: TrainState) -> bool:
         """Whether the newest checkpoint is of this very moment: an epoch ends at the step of its last batch."""
-        step = int(state.step)
+        step = state.total_steps
         return step == self.latest_step and self._moments.get(step) == _moment(state)
 
     def _let_go(self) -> None:

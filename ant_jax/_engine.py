@@ -17,7 +17,7 @@ from ant_jax._feed import Chunk, Feed
 from ant_jax._live import DevicePart, Live, device_part
 from ant_jax._models import PureModel, applied, initialized
 from ant_jax._pace import Pace
-from ant_jax._state import Accumulator, TrainState, refuse_mismatch, scalar
+from ant_jax._state import CYCLE, Accumulator, TrainState, key_of_cycle, refuse_mismatch, scalar
 from ant_jax._step import Step
 from ant_jax._sums import LogSums, PackedLogs, pack, zero_sums
 from ant_jax._trees import PyTree
@@ -68,11 +68,16 @@ class Cursor:
     Args:
         chunk: the chunk.
         batch_idx: where in the epoch it begins.
+        window: batches in an accumulation window.
+
+    Attributes:
+        offset: the same for compiled code, which counts the batches of an epoch in int32: after nearly 2**31 of them it
+            begins anew, at the beginning of an accumulation window.
     """
 
-    def __init__(self, chunk: Chunk, batch_idx: int):
+    def __init__(self, chunk: Chunk, batch_idx: int, window: int):
         self.chunk, self.row, self._first = chunk, 0, batch_idx
-        self.offset = scalar(batch_idx)
+        self.offset = scalar(batch_idx % ((2**31 - MAX_ROWS) // window * window))
 
     @property
     def batch_idx(self) -> int:
@@ -158,21 +163,24 @@ class TrainProgram:
         live.advance(launch.steps, chunk.examples)
         return launch
 
-    def step_by_hand(self, part: DevicePart, key_data: jax.Array, batch: PyTree) -> tuple[DevicePart, Any, Any]:
+    def step_by_hand(
+        self, part: DevicePart, key_data: jax.Array, cycle: Any, batch: PyTree
+    ) -> tuple[DevicePart, Any, Any, Any]:
         """Train on one batch and leave ``part`` intact; ``batch_idx`` is the step's number.
 
         Returns:
-            The part after the step, whether a traced hook asked to stop (``None`` when none can), and the logs.
+            The part and the cycle after the step, whether a traced hook asked to stop (``None`` when none can), and
+            the logs.
         """
         leaves, structure = jax.tree.flatten(part)
-        leaves, stop, logs = self._by_hand(leaves, key_data, batch)
-        return jax.tree.unflatten(structure, leaves), stop, logs
+        leaves, cycle, stop, logs = self._by_hand(leaves, key_data, cycle, batch)
+        return jax.tree.unflatten(structure, leaves), cycle, stop, logs
 
-    def _run_by_hand(self, leaves: list[Any], key_data: Any, batch: PyTree) -> tuple[Any, ...]:
+    def _run_by_hand(self, leaves: list[Any], key_data: Any, cycle: Any, batch: PyTree) -> tuple[Any, ...]:
         part: DevicePart = jax.tree.unflatten(self._structure_between_epochs, leaves)
-        key = jax.random.wrap_key_data(key_data, impl=self._key_impl)
+        key = key_of_cycle(jax.random.wrap_key_data(key_data, impl=self._key_impl), cycle)
         state, stop, logs, _ = self._step(part.state(key), batch, part.step, jnp.bool_(False))
-        return jax.tree.leaves(device_part(state)), stop, logs
+        return jax.tree.leaves(device_part(state)), cycle + jnp.int32(part.step == CYCLE - 1), stop, logs
 
     def _run_one(self, leaves: list[Any], key_data: Any, batch: PyTree, batch_idx: Any, last: Any) -> tuple[Any, ...]:
         part: DevicePart = jax.tree.unflatten(self._structure, leaves)

@@ -86,7 +86,17 @@ def _judged_state(name: str, old: TrainState, new: TrainState, device_names: fro
             f"state.random_key(name)"
         )
     updates: dict[str, Any] = {}
-    for field in ("step", "params", "model_state", "opt_state", "key", "accumulator", "loss_scale", "log_sums"):
+    for field in (
+        "step",
+        "cycle",
+        "params",
+        "model_state",
+        "opt_state",
+        "key",
+        "accumulator",
+        "loss_scale",
+        "log_sums",
+    ):
         before, after = getattr(old, field), getattr(new, field)
         if after is not before:
             updates[field] = _judged_tree(name, f"state.{field}", before, after, traced=old.host is None)

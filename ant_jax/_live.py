@@ -6,8 +6,9 @@ import sys
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from ant_jax._state import HostFields, TrainState, strong
+from ant_jax._state import CYCLE, HostFields, TrainState, key_of_cycle, strong
 
 
 def _reference_counts(objects: list[Any]) -> list[int]:
@@ -34,7 +35,9 @@ class DevicePart(NamedTuple):
     log_sums: Any
     callback_states: Any
 
-    def state(self, key: Any, stop: Any = None, host: HostFields | None = None, memories: Any = None) -> TrainState:
+    def state(
+        self, key: Any, stop: Any = None, host: HostFields | None = None, memories: Any = None, cycle: Any = None
+    ) -> TrainState:
         """Complete it to a state; ``memories`` are those of host callbacks."""
         return TrainState(
             step=self.step,
@@ -48,6 +51,7 @@ class DevicePart(NamedTuple):
             callback_states={**self.callback_states, **memories} if memories else self.callback_states,
             stop=stop,
             host=host,
+            cycle=cycle,
         )
 
 
@@ -79,14 +83,16 @@ class Live:
         host: the host fields.
         stop: whether a callback has asked the run to end.
         key: the random key.
-        key_data: the same as plain numbers. Compiled code leaves the key as it is, so it need not return it; and JAX
-            hands plain arrays to compiled code faster than arrays of keys.
+        key_data: that of the cycle of steps as plain numbers. Compiled code leaves the key as it is, so it need not
+            return it; and JAX hands plain arrays to compiled code faster than arrays of keys.
+        total_steps: batches trained on since the state was made.
         lost: whether a launch is overwriting the state, so that there is none that anybody could read.
     """
 
     def __init__(self, state: TrainState, device_names: frozenset[str]):
         self._device_names = device_names
         self.lost = False
+        self._leaves: list[Any] = []
         self.put(state)
 
     def put(self, state: TrainState) -> None:
@@ -100,14 +106,17 @@ class Live:
         }
         self.host: HostFields = state.on_host()
         self.stop = bool(state.stop)
+        # Reading the step waits for the device, so that is done only where a hook has replaced it.
+        if not self._leaves or state.step is not self.part().step or state.cycle is not self.cycle:
+            self.total_steps = state.total_steps
         self.key = state.key
-        self.key_data = jax.random.key_data(state.key)
+        self._begin_cycle(state.cycle)
         leaves, self._structure = jax.tree.flatten(device_part(state, self._device_names))
         self._leaves = [strong(leaf) for leaf in leaves]
 
     def get(self) -> TrainState:
         """Return the whole state."""
-        return self.part().state(self.key, self.stop, self.host, self._host_memories)
+        return self.part().state(self.key, self.stop, self.host, self._host_memories, self.cycle)
 
     def part(self) -> DevicePart:
         """Return the device part."""
@@ -125,6 +134,19 @@ class Live:
         """Count batches that are done, with so many examples in each."""
         host = self.host
         self.move(batch_idx=host.batch_idx + batches, examples=host.examples + batches * examples)
+        self.total_steps += batches
+        if self.total_steps % CYCLE == 0:
+            self._begin_cycle(jax.device_put(np.int32(self.total_steps // CYCLE)))
+
+    @property
+    def steps_left(self) -> int:
+        """Batches until the step begins anew, which no launch goes beyond."""
+        return CYCLE - self.total_steps % CYCLE
+
+    def _begin_cycle(self, cycle: Any) -> None:
+        self.cycle = cycle
+        later = self.total_steps >= CYCLE
+        self.key_data = jax.random.key_data(key_of_cycle(self.key, cycle) if later else self.key)
 
     def take(self) -> list[Any]:
         """Hand over the leaves of the device part to be overwritten; ``give`` must follow."""

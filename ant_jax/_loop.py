@@ -246,7 +246,7 @@ class Loop:
         prepare = _prepare(self._trainer, self._programs, live.part(), feed, place, rows is not None, launches)
         chunks = Ahead(feed.chunks(rows, LAUNCH_SECONDS), prepare, costs.waiting_for_data)
         for chunk in chunks:
-            cursor = Cursor(chunk, live.host.batch_idx)
+            cursor = Cursor(chunk, live.host.batch_idx, self._window)
             while cursor.remaining:
                 if self._resize():
                     return False
@@ -290,7 +290,7 @@ class Loop:
 
     def _length(self, looks: list[Look], program: TrainProgram, cursor: Cursor) -> int:
         """How many batches to launch: to the next look or the end of the chunk, and no longer than the pace allows."""
-        length = min(cursor.remaining, program.pace.steps if program.fused else 1)
+        length = min(cursor.remaining, program.pace.steps if program.fused else 1, self._live.steps_left)
         for look in looks:
             length = min(length, look.until_border(cursor.batch_idx) or length)
         for start, _ in self._live.host.batch_sizes:

@@ -97,7 +97,7 @@ def _with_hyperparams_of_code(state: TrainState, states: Beginning) -> TrainStat
 
 def in_words(state: TrainState, saved: Snapshot) -> str:
     """Say where a run goes on: ``step 4200, epoch 3, batch 17; saved 2026-11-25T12:00:00+00:00``."""
-    return f"step {int(state.step)}, epoch {state.epoch}, batch {state.batch_idx}; saved {saved.host['saved_at']}"
+    return f"step {state.total_steps}, epoch {state.epoch}, batch {state.batch_idx}; saved {saved.host['saved_at']}"
 
 
 def with_params_of(

@@ -24,7 +24,7 @@ _logger = logging.getLogger("ant_jax")
 
 FORMAT = 1
 # The fields of a state that are arrays; those of callbacks are added one by one.
-FIELDS = ("step", "params", "model_state", "opt_state", "key", "accumulator", "loss_scale", "log_sums")
+FIELDS = ("step", "cycle", "params", "model_state", "opt_state", "key", "accumulator", "loss_scale", "log_sums")
 # The host fields that are plain Python.
 HOST_FIELDS = ("epoch", "batch_idx", "examples", "batch_size", "batch_sizes", "opened", "data", "fused", "hyperparams")
 _PACKAGES = ("ant_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -22,6 +22,10 @@ from ant_jax._sums import LogSums
 from ant_jax._trees import PyTree, differences, in_lines
 
 
+# Where `TrainState.step` begins anew: it stays an int32, and JAX has no wider integers by default.
+CYCLE = 2**31
+
+
 class StateMismatch(ValueError):
     """A state does not belong to the trainer that it was given to; the message says how it differs."""
 
@@ -116,18 +120,21 @@ class TrainState:
     pytrees to ``jax.tree.map``; compare their ``params``.)
 
     Attributes:
-        step: int32 scalar, batches trained on since ``init``; the index of the batch that is under way.
+        step: int32 scalar, batches trained on since ``init``; the index of the batch that is under way. After 2**31
+            batches it begins anew at 0; ``total_steps`` counts on.
         params: the model's parameters.
         model_state: whatever else the model carries, such as batch statistics; ``{}`` when it carries nothing.
         opt_state: the optax optimizer's state.
-        key: a typed random key. It never changes: the model draws from ``jax.random.fold_in(key, step)``, a callback
-            from ``state.random_key(name)``.
+        key: a typed random key. It never changes in a run: the model draws from ``jax.random.fold_in(key, step)``, a
+            callback from ``state.random_key(name)``. (Inside the compiled step it is another one in every cycle of
+            2**31 batches.)
         accumulator: the open accumulation window; ``None`` when ``gradient_accumulation_steps`` is 1.
         loss_scale: flax's ``DynamicScale``; ``None`` unless the precision is float16.
         log_sums: the sums of the logs of the epoch under way, until it has ended; ``None`` between epochs.
         callback_states: each callback's own memory, by the callback's name.
         stop: whether a callback has asked the run to end.
         host: the host fields; ``None`` inside the compiled step.
+        cycle: int32 scalar, how often ``step`` has begun anew; ``None`` inside the compiled step.
         skip: in ``on_backward_end``, whether the batch is to be skipped; ``None`` everywhere else.
         objective: in ``on_before_update`` and ``on_before_apply``, the loss that the update is to lower, with its
             ``value``, ``grad``, ``value_fn(params)`` and ``grad_fn(params)``; ``None`` everywhere else.
@@ -144,6 +151,7 @@ class TrainState:
     callback_states: Mapping[str, Any]
     stop: bool | chex.Array
     host: HostFields | None = struct.field(pytree_node=False)
+    cycle: chex.Array | None = None
     skip: chex.Array | None = None
     objective: Objective | None = None
 
@@ -152,6 +160,12 @@ class TrainState:
         def replace(self, **updates: Any) -> TrainState:
             """Return the state with some of its fields replaced."""
             ...
+
+    @property
+    def total_steps(self) -> int:
+        """Batches trained on since ``init``, however many; waits for the device."""
+        self.on_host("total_steps")
+        return CYCLE * (0 if self.cycle is None else int(self.cycle)) + int(self.step)
 
     @property
     def epoch(self) -> int:
@@ -196,7 +210,8 @@ class TrainState:
         >>> bool(state.random_key("noise") == state.random_key("mask"))
         False
         """
-        return jax.random.fold_in(jax.random.fold_in(self.key, self.step), zlib.crc32(name.encode()))
+        key = self.key if self.cycle is None else key_of_cycle(self.key, self.cycle)
+        return jax.random.fold_in(jax.random.fold_in(key, self.step), zlib.crc32(name.encode()))
 
     def request_stop(self, when: bool | chex.Array = True) -> TrainState:
         """Ask the run to end; scopes that are open still close in order.
@@ -327,6 +342,14 @@ class TrainState:
                 f"batch_idx that the hook is given, or write a host callback (traced=False)"
             )
         return self.host
+
+
+@jax.jit
+def key_of_cycle(key: chex.PRNGKey, cycle: Any) -> chex.PRNGKey:
+    """The random key that the steps of a cycle of 2**31 batches draw from: in the first the run's own."""
+    # No step folds this number in, so that no later cycle has a key that a step has had.
+    later = jax.random.fold_in(jax.random.fold_in(key, 2**32 - 1), cycle)
+    return jnp.where(cycle > 0, later, key)
 
 
 @functools.lru_cache(maxsize=1024, typed=True)  # True and 1 are different scalars

@@ -16,7 +16,7 @@ from ant_jax._events import Events
 from ant_jax._logs import Logs
 from ant_jax._models import PureModel, applied
 from ant_jax._objective import Objective, transformed
-from ant_jax._state import Accumulator, TrainState
+from ant_jax._state import CYCLE, Accumulator, TrainState
 from ant_jax._trees import PyTree, describe, describe_tree
 from ant_jax.data import batch_size_of
 
@@ -140,7 +140,7 @@ class Step:
         state, logs = self._update_if(due, batch_idx, state, objective, logs)
         weights = {name: counted if name in seen else in_update for name in logs}
 
-        state = state.replace(step=state.step + 1)
+        state = state.replace(step=(state.step + 1) & (CYCLE - 1))
         state, logs = run_hook("on_batch_end", batch_idx, state, logs)
         weights |= {name: examples for name in logs if name not in weights or name in ("step_skipped", "loss_scale")}
         values = {name: jnp.asarray(value) for name, value in logs.items() if name != "batch_size"}

@@ -23,7 +23,7 @@ from ant_jax._history import History, to_python
 from ant_jax._loop import Loop, evaluate, refuse_other_data
 from ant_jax._models import PureModel, applied, initialized, pure_functions
 from ant_jax._run import Costs, Run
-from ant_jax._state import TrainState, refuse_mismatch, strong
+from ant_jax._state import TrainState, key_of_cycle, refuse_mismatch, strong
 from ant_jax._step import COMPUTE_DTYPES, STEP_LOGS, LossFn, Step, cast_floating, criterion_loss, general_loss
 from ant_jax._trees import PyTree, describe_tree
 from ant_jax.callbacks import progress_bar
@@ -136,7 +136,7 @@ class Trainer:
             return result if dtype is None else cast_floating(result, jnp.float32)
 
         def gradients(state: TrainState, batch: Any) -> tuple[PyTree, dict[str, Any]]:
-            _, grads, logs, _ = step.gradients(state, batch)
+            _, grads, logs, _ = step.gradients(state.replace(key=key_of_cycle(state.key, state.cycle)), batch)
             return grads, logs
 
         states = Beginning(self.optimizer, events, self.gradient_accumulation_steps, self.precision)
@@ -506,7 +506,7 @@ class Trainer:
         batch = canonical(batch)
         self._step.check_batch(batch)
         self._programs.check_params(state.params, inputs_of(batch))
-        return self._gradients(self._states.part(state).state(state.key), batch)
+        return self._gradients(self._states.part(state).state(state.key, cycle=state.cycle), batch)
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """Train on one batch: what ``fit`` does for each, with the traced hooks, without host hooks. Compiled.
@@ -526,11 +526,12 @@ class Trainer:
         batch = canonical(batch)
         part = self._states.part(state)
         program = self._programs.train(part, state.key, batch)
-        part, asked, logs = program.step_by_hand(part, self._programs.key_data_of(state.key), batch)
+        key_data = self._programs.key_data_of(state.key)
+        part, cycle, asked, logs = program.step_by_hand(part, key_data, state.cycle, batch)
         stop = bool(state.stop) or (asked is not None and bool(asked))
         memories = {**state.callback_states, **part.callback_states}
         part = part._replace(callback_states=memories, log_sums=state.log_sums)
-        return part.state(state.key, stop, state.host), {"batch_size": batch_size_of(batch), **logs}
+        return part.state(state.key, stop, state.host, cycle=cycle), {"batch_size": batch_size_of(batch), **logs}
 
     def _running(self, fact: str) -> Run:
         if self._run is None:

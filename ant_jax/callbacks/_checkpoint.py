@@ -108,12 +108,12 @@ def checkpoint(
             options = {} if monitor is None else {"mode": mode, "keep_best": keep_best}
             opened.append(trainer.checkpointer(directory, keep=keep, allow_nonfinite=allow_nonfinite, **options))
             saved_at[0] = clock()
-            later = [step for step in opened[0].steps if step > int(state.step)]
+            later = [step for step in opened[0].steps if step > state.total_steps]
             if later:
                 close()
                 raise FileExistsError(
                     f"checkpoint: {os.fspath(directory)!r} holds checkpoints of steps {', '.join(map(str, later))}, "
-                    f"and this run is at step {int(state.step)}; go on from them with fit(..., "
+                    f"and this run is at step {state.total_steps}; go on from them with fit(..., "
                     f"resume={os.fspath(directory)!r}), or choose another directory"
                 )
         return opened[0]
@@ -169,7 +169,7 @@ def checkpoint(
             if save_last and opened and trainer.whole and not isinstance(exception, CheckpointError):
                 save(opened[0], state)
                 opened[0].wait()
-                print_beside_bars(f"saved step {int(state.step)} in {os.fspath(directory)} ({exception!r})")
+                print_beside_bars(f"saved step {state.total_steps} in {os.fspath(directory)} ({exception!r})")
         finally:
             close()
         return state, logs

@@ -66,10 +66,11 @@ def terminate_on_nan(*, name: str = "terminate_on_nan") -> Callback:
         if _has_stopped(state):
             memory = {field: int(value) for field, value in state.callback_states[name].items()}
             if memory["step"] >= 0:
+                step = state.total_steps - (int(state.step) - memory["step"])
                 what = list(_watched(state.params, None, state.params))[memory["leaf"]]
                 raise NonFiniteError(
                     f"{what} is not finite at batch {memory['batch_idx']} of epoch {state.epoch} (step "
-                    f"{memory['step']}); the parameters of this exception's train_state are untouched by that batch. "
+                    f"{step}); the parameters of this exception's train_state are untouched by that batch. "
                     f"{_REMEDIES}"
                 )
         return state, logs
@@ -81,7 +82,7 @@ def terminate_on_nan(*, name: str = "terminate_on_nan") -> Callback:
             if bad:
                 raise NonFiniteError(
                     f"the parameter {path!r} is not finite after the last update of epoch {epoch} (step "
-                    f"{int(state.step) - 1}). {_REMEDIES}"
+                    f"{state.total_steps - 1}). {_REMEDIES}"
                 )
         return state, logs
 

@@ -108,7 +108,7 @@ class _Bar:
         self._epochs: int = trainer.num_epochs
         self._steps_per_epoch: int | None = trainer.steps_per_epoch
         self._epoch = self._epochs_done = state.epoch
-        self._steps = self._initial = int(state.step)
+        self._steps = self._initial = state.total_steps
         self._steps_before = self._initial - state.batch_idx  # those of the epochs that are done
         self._description, self._logs, self._val_logs = "compiling", {}, {}
         self._evaluated = False

@@ -130,7 +130,7 @@ class _Run:
         self._find(state)
 
     def _find(self, state: Any) -> None:
-        self._epoch, self._before = state.epoch, int(state.step) - state.batch_idx  # batches before this epoch
+        self._epoch, self._before = state.epoch, state.total_steps - state.batch_idx  # batches before this epoch
 
     def step(self, state: Any) -> int:
         """Batches trained on since the state was made."""

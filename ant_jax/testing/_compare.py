@@ -38,7 +38,7 @@ def difference(expected: TrainState, got: TrainState) -> str:
 
 def described(state: TrainState) -> dict[str, Any]:
     """Everything in a state but its history, by name, as values that can be compared."""
-    fields = ("step", "params", "model_state", "opt_state", "key", "accumulator", "loss_scale")
+    fields = ("step", "cycle", "params", "model_state", "opt_state", "key", "accumulator", "loss_scale")
     tree = {field: getattr(state, field) for field in fields}
     device = {name: m for name, m in state.callback_states.items() if name not in host_memories(state)}
     arrays = {f"state.{path}": bytes_of(leaf) for path, leaf in named_leaves(tree).items()}

@@ -80,7 +80,7 @@ def _probe(checkpointer: Any) -> Callback:
 
     def on_checkpoint(trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
-        if int(state.step) != checkpointer.latest_step:
+        if state.total_steps != checkpointer.latest_step:
             checkpointer.save(state)
         return state, logs
 

@@ -360,4 +360,4 @@ def test_an_emptied_window_has_no_value_either():
     a_trainer = guarded(library.roll_back(every=1), optimizer=optimizer, gradient_accumulation_steps=2)
     state, _ = a_trainer.fit(a_trainer.init(batches[0]), spoilt_batches, 1)
     losses = [float(loss_fn(state.params, state.model_state, batch, None)[0]) for batch in batches]
-    np.testing.assert_allclose(state.opt_state, [0.0, np.mean(losses[2:])], rtol=1e-6)
+    np.testing.assert_allclose(state.opt_state, np.array([0.0, np.mean(losses[2:])]), rtol=1e-6)
