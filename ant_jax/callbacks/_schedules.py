@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ant_jax._callback import Callback
 from ant_jax._hyperparams import HyperparamError
@@ -36,7 +37,8 @@ def learning_rate_schedule(
     ``optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)``; nothing is compiled again when it changes.
 
     Per step it is set in ``on_before_update``, inside the step, to ``schedule(update)``; per epoch on the host, in
-    ``on_epoch_begin``, to ``schedule(epoch)``. ``logs[hyperparam]`` is what an update used.
+    ``on_epoch_begin``, to ``schedule(epoch)``. ``logs[hyperparam]`` is what the last update used; before the first,
+    what that will use.
 
     Args:
         schedule: any optax schedule, or another function of a count that begins at 0. Per step the count is traced, so
@@ -46,7 +48,7 @@ def learning_rate_schedule(
         hyperparam: which one to set, by its name in ``state.hyperparams``. For one of a callback, list that callback
             first.
         name: of the callback. Per step its memory is ``{"count": int32 scalar}``, the updates so far; per epoch it
-            keeps none.
+            keeps none. The count stays at 2**31 - 1 when it is there, as those of optax's own schedules do.
 
     Returns:
         A callback that changes a hyper-parameter.
@@ -62,7 +64,7 @@ def learning_rate_schedule(
 
     >>> import optax
     >>> learning_rate_schedule(optax.cosine_decay_schedule(0.1, decay_steps=1000))
-    Callback(name='learning_rate_schedule', hooks=on_before_update, on_batch_end)
+    Callback(name='learning_rate_schedule', hooks=on_batch_begin, on_before_update, on_batch_end)
     >>> learning_rate_schedule(lambda epoch: 0.1 if epoch < 10 else 0.01, per="epoch")
     Callback(name='learning_rate_schedule', hooks=on_epoch_begin, on_epoch_end)
     """
@@ -82,10 +84,18 @@ def learning_rate_schedule(
         state.with_hyperparams(**{hyperparam: 0.0})  # to raise now if it cannot be set
         return {"count": jnp.int32(0)} if per == "step" else None
 
+    def on_batch_begin(batch_idx: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        del batch_idx, trainer
+        # The first update may be some batches away, and the number that the optimizer was made with is never used.
+        first = scheduled(state, jnp.int32(0)).hyperparams[hyperparam]
+        begun = state.callback_states[name]["count"] > 0
+        value = jnp.where(begun, state.hyperparams[hyperparam], first)
+        return state.with_hyperparams(**{hyperparam: value}), logs
+
     def on_before_update(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
         del batch_idx, trainer
         count = state.callback_states[name]["count"]
-        state = scheduled(state, count).with_callback_state(name, {"count": count + 1})
+        state = scheduled(state, count).with_callback_state(name, {"count": optax.safe_increment(count)})
         return state, grads, logs
 
     def on_epoch_begin(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
@@ -98,7 +108,14 @@ def learning_rate_schedule(
 
     if per == "epoch":
         return Callback(name=name, init=init, on_epoch_begin=on_epoch_begin, on_epoch_end=publish)
-    return Callback(name=name, init=init, traced=True, on_before_update=on_before_update, on_batch_end=publish)
+    return Callback(
+        name=name,
+        init=init,
+        traced=True,
+        on_batch_begin=on_batch_begin,
+        on_before_update=on_before_update,
+        on_batch_end=publish,
+    )
 
 
 def reduce_on_plateau(

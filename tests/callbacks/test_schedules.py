@@ -255,8 +255,8 @@ def test_per_step_updates_use_the_scheduled_rate_and_it_is_logged(accumulate, co
     state, history = a_trainer.fit(start, batches(4), 2)
     of_updates = [0.1 * (1 + update) for update in range(8 // accumulate)]
     logged = np.repeat(of_updates, 2)[:-1] if accumulate == 2 else of_updates
-    if accumulate == 2:  # what an update used is logged until the next one; before the first, what there was
-        logged = [LEARNING_RATE, *logged]
+    if accumulate == 2:  # what an update used is logged until the next one; before the first, what that will use
+        logged = [of_updates[0], *logged]
     np.testing.assert_allclose(seen, logged, rtol=1e-6)
     np.testing.assert_allclose(history[1]["train_learning_rate"], np.mean(logged[4:]), rtol=1e-6)
     assert int(state.callback_states["learning_rate_schedule"]["count"]) == 8 // accumulate
@@ -270,6 +270,40 @@ def test_per_step_updates_use_the_scheduled_rate_and_it_is_logged(accumulate, co
     by_hand = trainer(optimizer=standard_promotion(optax.sgd(schedule)), gradient_accumulation_steps=accumulate)
     expected, _ = by_hand.fit(by_hand.init(batches()[0]), batches(4), 2)
     np.testing.assert_array_equal(state.params["kernel"], expected.params["kernel"])
+
+
+@pytest.mark.parametrize("kind", ["callback", "callback first", "optax"])
+def test_before_the_first_update_the_rate_is_that_of_the_schedule(kind):
+    def schedule(count: Any) -> Any:
+        return 0.25 * (1 + jnp.asarray(count, jnp.float32))
+
+    skipping = ant.callbacks.skip_nonfinite()
+    callbacks = [skipping, ant.callbacks.log_hyperparams(), ant.callbacks.learning_rate_schedule(schedule)]
+    optimizer = injected_sgd(123.0)
+    if kind == "callback first":
+        callbacks = [ant.callbacks.learning_rate_schedule(schedule), ant.callbacks.log_hyperparams(), skipping]
+    if kind == "optax":
+        callbacks = callbacks[:2]
+        optimizer = standard_promotion(optax.inject_hyperparams(optax.sgd)(learning_rate=schedule))
+    loader = batches(8)
+    loader[:3] = [(np.full_like(inputs, np.nan), targets) for inputs, targets in loader[:3]]
+    for window, logged in ((1, [1, 1, 1, 1, 2, 3, 4, 5]), (2, [1, 1, 1, 1, 1, 2, 2, 3])):
+        a_trainer = trainer(*callbacks, optimizer=optimizer, gradient_accumulation_steps=window)
+        state = start = a_trainer.init(loader[0])
+        history = a_trainer.fit(start, loader, 1)[1]
+        np.testing.assert_allclose(history[0]["train_learning_rate"], 0.25 * np.mean(logged), rtol=1e-6)
+        for batch, expected in zip(loader, logged, strict=True):
+            state, logs = a_trainer.train_step(state, batch)
+            assert float(logs["learning_rate"]) == 0.25 * expected
+
+
+def test_the_count_of_updates_does_not_overflow():
+    callback = ant.callbacks.learning_rate_schedule(lambda count: jnp.asarray(count > 0, jnp.float32))
+    a_trainer = trainer(callback, optimizer=injected_sgd())
+    state = a_trainer.init(batches()[0]).with_callback_state(callback.name, {"count": jnp.int32(2**31 - 1)})
+    for _ in range(2):
+        state, logs = a_trainer.train_step(state, batches()[0])
+        assert logs["learning_rate"] == 1
 
 
 def test_per_epoch_any_python_function_will_do_and_nothing_is_compiled_again(compilations):
