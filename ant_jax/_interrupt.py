@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
@@ -21,15 +21,68 @@ TERMINATED = 128 + signal.SIGTERM
 Handler = Callable[[int, FrameType | None], Any]
 
 
+class _Replaced(NamedTuple):
+    """A signal's handler that stands in for the one that was there before."""
+
+    number: signal.Signals
+    handler: Handler
+    before: Any
+
+
+# All that are installed, the newest last. Only the main thread may install one, so they are put back in that order.
+_replaced: list[_Replaced] = []
+
+
 @contextlib.contextmanager
 def _handled(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
-    """Handle signals so while the body runs, and put back what was there."""
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    """Handle signals so while the body runs, in this process alone, and put back what was there."""
+    depth = len(_replaced)
     try:
+        for number, handler in handlers.items():
+            # Noted first, because another thread may fork in between.
+            _replaced.append(_Replaced(number, handler, signal.getsignal(number)))
+            signal.signal(number, handler)
         yield
     finally:
-        for number, handler in reversed(before.items()):  # Ctrl-C last: put back, its handler may raise here
-            signal.signal(number, handler)
+        try:
+            for replaced in reversed(_replaced[depth:]):  # Ctrl-C last: put back, its handler may raise here
+                signal.signal(replaced.number, replaced.before)
+        finally:
+            del _replaced[depth:]
+
+
+class _Forks:
+    """Gives a forked child the handlers that were there before, since the child is not the run.
+
+    Such a child is a worker of a loader, or what a hook has started: a SIGTERM must end it. No signal can reach it
+    while it still has the run's handlers, because they are blocked from before the fork until they are put back.
+    """
+
+    def __init__(self) -> None:
+        self._of_thread = threading.local()  # two threads may fork at a time
+
+    def block(self) -> None:
+        """Block the signals that are handled; before a fork."""
+        numbers = {replaced.number for replaced in _replaced}
+        self._of_thread.mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers) if numbers else None
+
+    def unblock(self) -> None:
+        """Take up the signals that have come meanwhile; after a fork."""
+        if self._of_thread.mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._of_thread.mask)
+
+    def put_back(self) -> None:
+        """Put the former handlers back; in the child."""
+        for replaced in reversed(_replaced):
+            if signal.getsignal(replaced.number) is replaced.handler:
+                signal.signal(replaced.number, replaced.before)
+        _replaced.clear()
+        self.unblock()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    _forks = _Forks()
+    os.register_at_fork(before=_forks.block, after_in_parent=_forks.unblock, after_in_child=_forks.put_back)
 
 
 @contextlib.contextmanager

@@ -350,3 +350,104 @@ def test_ctrl_c_is_put_back_last_since_its_handler_may_raise_at_once(monkeypatch
     with Interrupts().installed():
         numbers.clear()
     assert numbers == [signal.SIGTERM, signal.SIGINT]
+
+
+FORKING = """
+import multiprocessing, os, signal, subprocess, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from problems import batches, host, trainer
+context = multiprocessing.get_context("fork")
+places = set()
+
+def ends_at_once(where):
+    # Terminated before it has run a line: the signal must not find the run's handler.
+    child = context.Process(target=time.sleep, args=(60,))
+    child.start()
+    child.terminate()
+    child.join(20)
+    assert child.exitcode == -signal.SIGTERM, (where, child.exitcode)
+    by_hand = os.fork()
+    if by_hand == 0:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            os._exit(9)
+        os._exit(1)
+    time.sleep(0.1)
+    os.kill(by_hand, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(by_hand, 0)[1]) == 9, where
+    places.add(where)
+
+class Loader:
+    def __init__(self, where):
+        self.where = where
+    def __iter__(self):
+        for _ in range(5):
+            ends_at_once(self.where)
+        for _ in range(8):
+            with context.Pool(2) as pool:
+                assert pool.map(abs, [-1, 1]) == [1, 1]
+        yield from batches(3)
+
+def program():
+    read_mask = "import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    command = [sys.executable, "-c", read_mask]
+    assert subprocess.run(command, preexec_fn=lambda: None, capture_output=True, text=True).stdout.strip() == "set()"
+    child = subprocess.Popen(["sleep", "60"], preexec_fn=lambda: None)
+    child.terminate()
+    assert child.wait(20) == -signal.SIGTERM
+
+def look(*arguments):
+    ends_at_once("hook")
+    program()
+    thread = threading.Thread(target=ends_at_once, args=("thread",))
+    thread.start()
+    thread.join()
+    return arguments[-2:]
+
+def nested(*arguments):
+    inner = trainer(host("inner", on_train_begin=lambda *a: (ends_at_once("nested"), a[-2:])[1]))
+    inner.fit(inner.init(batches(1)[0]), batches(1), 1)
+    ends_at_once("after a nested fit")
+    return arguments[-2:]
+
+def leave_one(*arguments):
+    child = context.Process(target=time.sleep, args=(60,), daemon=True)
+    child.start()
+    return arguments[-2:]
+
+forking = host("nested", on_epoch_end=nested, on_train_end=leave_one)
+a_trainer = trainer(host("look", on_batch_end=look, every=2), forking)
+state = a_trainer.init(batches(1)[0])
+a_trainer.fit(state, Loader("train_loader"), 1, Loader("val_loader"))
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+print(sorted(places))
+"""
+
+
+def test_a_signal_to_a_forked_child_does_what_it_would_without_a_run():
+    command = [sys.executable, "-W", "ignore", "-c", FORKING, str(pathlib.Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "['after a nested fit', 'hook', 'nested', 'thread', 'train_loader', 'val_loader']\n"
+    assert done.stderr == ""
+
+
+def test_a_signal_that_comes_as_the_run_forks_ends_the_run_and_not_the_child():
+    code = """
+import os, signal, sys
+from ant_jax._interrupt import Interrupts
+interrupts = Interrupts()
+with interrupts.installed():
+    os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    if os.fork() == 0:
+        os._exit(signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+    try:
+        interrupts.check()
+    except SystemExit:
+        print("noted")
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "noted\n", done.stderr
