@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import itertools
-import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ant_jax._reader import Place, Reader
 from ant_jax._trees import PyTree, differences
 from ant_jax.data import (
     READ_AGAIN,
@@ -22,14 +20,37 @@ from ant_jax.data import (
     NoBatches,
     aligned_empty,
     batch_size_of,
-    cannot_go_on,
     canonical_leaf,
-    has_state,
     length_of,
+    refuse_bad_length,
+    refuse_empty,
+    refuse_endless,
 )
 
 
-_logger = logging.getLogger("ant_jax")
+class Loaders(NamedTuple):
+    """What a run reads, and how much of it; see ``Trainer.fit``.
+
+    Attributes:
+        train: any iterable of batches.
+        val: the same, or ``None``.
+        steps_per_epoch: batches of an epoch, or ``None`` when the loader ends.
+        validation_steps: batches of an evaluation at most, or ``None``.
+        prefetch: batches to read beyond the one that is trained on, at most; ``None``: as many as a launch may want.
+    """
+
+    train: Any
+    val: Any = None
+    steps_per_epoch: int | None = None
+    validation_steps: int | None = None
+    prefetch: int | None = None
+
+    def refuse_bad_lengths(self, epochs: int) -> None:
+        """Raise BatchError if it can be told beforehand that a loader has no end, or one too early."""
+        refuse_bad_length(self.train, "train_loader", epochs, self.steps_per_epoch)
+        if self.validation_steps is None:
+            refuse_endless(self.val, "val_loader", "validation_steps")
+            refuse_bad_length(self.val, "val_loader", epochs)
 
 
 class Chunk(NamedTuple):
@@ -40,15 +61,15 @@ class Chunk(NamedTuple):
             when it was asked for single batches.
         filled: batches in it.
         examples: examples in each.
-        last: whether the epoch ends with this chunk.
-        loader_state: where the loader was before it, if that can tell.
+        last: whether the epoch ends with this chunk; ``None``: nobody knows yet.
+        places: where the loader was before each batch, and after the last; ``None`` when batches are counted.
     """
 
     batches: PyTree
     filled: int
     examples: int
-    last: bool
-    loader_state: Any = None
+    last: bool | None
+    places: Sequence[Place | None] | None = None
 
 
 class Feed:
@@ -62,10 +83,12 @@ class Feed:
         start: batches of the epoch that are done, when a run goes on inside it.
         position: examples in them.
         limit: batches in an epoch, when the loader has no end; ``None``: until the loader ends.
-        loader_state: where a loader with ``get_state`` was before, and how many batches were read since.
+        may_end: whether the loader may end before the limit.
+        reader: of the loader, if that is read over many epochs, and no ``ArrayLoader``.
 
     Attributes:
         first: the first batch.
+        place: where the loader was before it, if that can tell.
 
     Raises:
         TypeError: the loader cannot be iterated over.
@@ -81,61 +104,63 @@ class Feed:
         start: int = 0,
         position: int = 0,
         limit: int | None = None,
-        loader_state: tuple[Any, int] | None = None,
+        may_end: bool = False,
+        reader: Reader | None = None,
     ):
-        self._loader, self._name, self._epoch, self._limit = loader, name, epoch, limit
+        self._loader, self._name, self._epoch, self._limit, self._may_end = loader, name, epoch, limit, may_end
         self._start, self._position = start, position
         if limit is not None and start > limit:
             raise BatchError(f"{name}: {start} batches of epoch {epoch} are done, more than steps_per_epoch={limit}")
         if start == limit:
             raise NoBatches(self._nothing())
-        self._iterator: Any = None  # the loader's, if it can tell where it is
+        self._reader: Reader | None = None
         if isinstance(loader, ArrayLoader):
             batches = loader.batches(epoch, position)
-        elif isinstance(loader, Iterable):
-            batches = self._positioned(loader, loader_state)
         else:
-            raise TypeError(f"{name} must be an iterable of batches, got {loader!r}")
+            self._reader = Reader(loader, name, limit) if reader is None else reader
+            batches = self._reader.batches(epoch, start)
+        self._first: list[Any]
+        self._form: _Form
+        self.first: PyTree
         self._batches = (_leaves_of(batch, name) for batch in batches)
-        self._loader_state = self._where()
+        self.place = self._place = self._where()
         try:
-            self._first, self._form = next(self._batches)
+            self._take_as_first(*next(self._batches))
         except StopIteration:
             raise NoBatches(self._nothing()) from None
-        self.first = jax.tree.unflatten(self._form.treedef, self._first)
+        refuse_empty(self.first, self._which(start))
 
-    def _positioned(self, loader: Iterable[Any], loader_state: tuple[Any, int] | None) -> Iterator[Any]:
-        """Return the batches from where the run goes on."""
-        iterator, skipped = iter(loader), self._start
-        if has_state(iterator):
-            self._iterator = iterator
-            if loader_state is not None:
-                iterator.set_state(loader_state[0])  # type: ignore[attr-defined]
-                skipped = loader_state[1]
-            elif iterator is loader:
-                skipped = 0  # it is where the run left it
-        elif skipped and iterator is loader:
-            raise BatchError(cannot_go_on(loader, self._name))
-        elif skipped and not isinstance(loader, Sequence):
-            _logger.warning(
-                "%s cannot be put at a position: its first %d batches of epoch %d are read and left out. The run goes "
-                "on exactly if it gives the same batches, in the same order, every time",
-                self._name,
-                skipped,
-                self._epoch,
-            )
-        for _ in itertools.islice(iterator, skipped):
-            pass
-        return iterator
+    def _where(self) -> Place | None:
+        return None if self._reader is None else self._reader.place()
 
-    def _where(self) -> Any:
-        # A copy: an iterator may go on with the very object that it gives.
-        return None if self._iterator is None else copy.deepcopy(self._iterator.get_state())
+    @contextlib.contextmanager
+    def putting_back(self, used: Callable[[], tuple[int, Place | None]]) -> Iterator[None]:
+        """Put an iterator back behind the last batch that was used, however the body ends.
+
+        Args:
+            used: returns how many batches of the epoch were used, and where the loader was then.
+        """
+        try:
+            yield
+        except BaseException as error:
+            try:
+                self._put_back(used)
+            except Exception as failure:
+                error.add_note(f"{self._name} could not be put back where the run has ended: {failure!r}")
+            raise
+        self._put_back(used)
+
+    def _put_back(self, used: Callable[[], tuple[int, Place | None]]) -> None:
+        if self._reader is not None:
+            self._reader.put_back(*used())
 
     @property
     def length(self) -> int | None:
         """Batches like these in a whole epoch, ``None`` when neither the loader nor the limit tells."""
-        return self._limit if self._limit is not None else length_of(self._loader)
+        if self._limit is not None and not self._may_end:
+            return self._limit
+        lengths = [length for length in (self._limit, length_of(self._loader)) if length is not None]
+        return min(lengths, default=None)
 
     @property
     def epoch_length(self) -> int | None:
@@ -145,16 +170,18 @@ class Feed:
         whole, rest = self._loader.left(self._position)
         return self._start + whole + bool(rest)
 
-    def chunks(self, rows: int | None, seconds: float) -> Iterator[Chunk]:
+    def chunks(self, rows: int | None, seconds: float, *, peek: bool = True) -> Iterator[Chunk]:
         """Cut the epoch into chunks.
 
         Args:
             rows: batches in a chunk at most; ``None`` for single batches that are not stacked.
             seconds: a chunk is closed early when the loader has taken so long for it.
+            peek: whether to read the batch after a chunk before the chunk is given, which tells whether that is the
+                last; otherwise only ``limit`` tells.
         """
         if isinstance(self._loader, ArrayLoader):
             return self._gathered(self._loader, rows)
-        return self._filled(rows, seconds)
+        return self._filled(rows, seconds, peek)
 
     def _gathered(self, loader: ArrayLoader, rows: int | None) -> Iterator[Chunk]:
         """An ``ArrayLoader``'s chunks, each gathered by one indexing operation, or its single batches."""
@@ -176,49 +203,69 @@ class Feed:
             batch = next(loader.batches(self._epoch, position))
             yield Chunk(jax.tree.map(lambda leaf: leaf[None], batch), 1, rest, last=True)
 
-    def _filled(self, rows: int | None, seconds: float) -> Iterator[Chunk]:
+    def _filled(self, rows: int | None, seconds: float, peek: bool) -> Iterator[Chunk]:
         """Chunks filled batch by batch; an exception of the loader comes after the batches before it."""
         stack, deadline = None, 0.0
         batch, done, failure = (self._first, self._form), self._start, None
         while batch is not None:
             leaves, form = batch
-            if stack is not None and form != self._form:
-                yield stack.finished(last=False)
+            if stack is not None and form is not stack.form:
+                yield stack.finished(self._place, last=False)
                 stack = None
             if stack is None:
-                stack, deadline = _Stack(rows, leaves, form, self._loader_state), time.monotonic() + seconds
-            stack.add(leaves)  # before the loader is asked for more, so that it may reuse its buffers
+                stack, deadline = _Stack(rows, leaves, form), time.monotonic() + seconds
+            stack.add(leaves, self._place)  # before the loader is asked for more, so that it may reuse its buffers
             done += 1
+            full = stack.filled == (rows or 1)
+            if full and not peek and done != self._limit:
+                self._refuse_other_form(leaves, form, done - 1, last=True)  # which is not known yet
+                yield stack.finished(self._where(), last=None if self._limit is None else False)
+                stack = None
             try:
                 batch = self._following(done)
             except Exception as error:
                 batch, failure = None, error
             last = batch is None and failure is None
-            if form != self._form:
-                self._refuse_other_form(leaves, form, done - 1, last)
-            if batch is None or stack.filled == (rows or 1) or time.monotonic() > deadline:
-                yield stack.finished(last)
+            if batch is not None and done == self._start + 1 and self._begun_anew:
+                self._take_as_first(*batch)  # the one before may have been a shorter one, which ended the loader
+            self._refuse_other_form(leaves, form, done - 1, last or self._begun_anew)
+            if stack is not None and (batch is None or full or time.monotonic() > deadline):
+                yield stack.finished(self._place, last)
                 stack = None
         if failure is not None:
             raise failure
 
     def _following(self, done: int) -> tuple[list[Any], _Form] | None:
         """Fetch the batch after ``done`` others; ``None`` when the epoch is over."""
-        if done == self._limit:
-            return None
         try:
-            self._loader_state = self._where()
-            batch = next(self._batches, None)
+            self._place = self._where()
+            batch = None if done == self._limit else next(self._batches, None)
         except Exception as error:
             error.add_note(f"in {self._name}, after {done} batches of epoch {self._epoch}")
             raise
         if batch is None:
             self._refuse_early_end(done)
+        elif batch[1] == self._form:
+            return batch[0], self._form  # the very object
         return batch
 
+    def _take_as_first(self, leaves: list[Any], form: _Form) -> None:
+        self._first, self._form, self.first = leaves, form, jax.tree.unflatten(form.treedef, leaves)
+
+    @property
+    def _begun_anew(self) -> bool:
+        return self._reader is not None and self._reader.begun_anew
+
+    def _which(self, batch_idx: int) -> str:
+        return f"{self._name}, batch {batch_idx} of epoch {self._epoch}"
+
     def _refuse_other_form(self, leaves: list[Any], form: _Form, batch_idx: int, last: bool) -> None:
-        where = f"{self._name}, batch {batch_idx} of epoch {self._epoch}"
+        """Raise BatchError unless a batch is like the first, or a shorter one that ends the loader."""
+        if form is self._form:
+            return
+        where = self._which(batch_idx)
         batch = jax.tree.unflatten(form.treedef, leaves)
+        refuse_empty(batch, where)
         rows, expected = batch_size_of(batch), batch_size_of(self.first)
         if rows < expected and not differences(_one_row(self.first), _one_row(batch)):
             if last:
@@ -231,7 +278,7 @@ class Feed:
         raise BatchError(f"{where} has another structure, shape or dtype than the first:\n  {lines}")
 
     def _refuse_early_end(self, batches: int) -> None:
-        if self._limit is not None and batches < self._limit:
+        if self._limit is not None and batches < self._limit and not self._may_end:
             raise BatchError(
                 f"{self._name} ended after {batches} batches of epoch {self._epoch}, before "
                 f"steps_per_epoch={self._limit}"
@@ -265,8 +312,9 @@ def _leaves_of(batch: PyTree, name: str) -> tuple[list[Any], _Form]:
 class _Stack:
     """Batches of one form, copied into rows as they come, so that a loader may reuse its buffers."""
 
-    def __init__(self, rows: int | None, leaves: list[Any], form: _Form, loader_state: Any):
-        self._rows, self._treedef, self._loader_state = rows, form.treedef, loader_state
+    def __init__(self, rows: int | None, leaves: list[Any], form: _Form):
+        self._rows, self.form = rows, form
+        self._places: list[Place | None] = []
         self._examples = batch_size_of(leaves)
         self._kept: list[list[Any]] | None = None
         self._buffers: list[np.ndarray] = []
@@ -276,14 +324,15 @@ class _Stack:
             self._buffers = [aligned_empty((rows, *shape), dtype) for shape, dtype in form.leaves]
         self.filled = 0
 
-    def add(self, leaves: list[Any]) -> None:
+    def add(self, leaves: list[Any], place: Place | None) -> None:
+        self._places.append(place)
         if self._kept is not None:
             self._kept.append([leaf if isinstance(leaf, jax.Array) else np.array(leaf) for leaf in leaves])
         for buffer, leaf in zip(self._buffers, leaves, strict=self._kept is None):
             buffer[self.filled] = leaf
         self.filled += 1
 
-    def finished(self, last: bool) -> Chunk:
+    def finished(self, place: Place | None, last: bool | None) -> Chunk:
         if self._kept is None:
             leaves = self._buffers
         elif self._rows is None:
@@ -291,7 +340,8 @@ class _Stack:
         else:  # arrays on the device: stacked there, always as many, so that the stacking compiles once
             rows = self._kept + [self._kept[-1]] * (self._rows - self.filled)
             leaves = [jnp.stack(column) for column in zip(*rows, strict=True)]
-        return Chunk(jax.tree.unflatten(self._treedef, leaves), self.filled, self._examples, last, self._loader_state)
+        places = None if place is None else [*self._places, place]
+        return Chunk(jax.tree.unflatten(self.form.treedef, leaves), self.filled, self._examples, last, places)
 
 
 class Ahead:

@@ -34,6 +34,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import time
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
@@ -50,17 +52,24 @@ from ant_jax._engine import (
     rows_of,
 )
 from ant_jax._events import Events
-from ant_jax._feed import Ahead, Chunk, Feed
+from ant_jax._feed import Ahead, Chunk, Feed, Loaders
 from ant_jax._interrupt import TERMINATED, Interrupts
 from ant_jax._live import Live
 from ant_jax._logs import Logs
 from ant_jax._looks import Look
 from ant_jax._pace import LAUNCH_SECONDS
+from ant_jax._reader import Place, Reader
 from ant_jax._run import Run
 from ant_jax._state import HostFields, StateMismatch, TrainState, refuse_mismatch
 from ant_jax._sums import means
 from ant_jax._trees import in_lines
 from ant_jax.data import ArrayLoader, BatchError, NoBatches, description_of
+
+
+_logger = logging.getLogger("ant_jax")
+
+# An evaluation of so long on a loader that cannot tell its length is worth a line.
+LONG_SECONDS = 5.0
 
 
 class Loop:
@@ -71,9 +80,7 @@ class Loop:
         events: its callbacks.
         programs: its compiled programs.
         state: to begin with; inside an epoch that has been asked to stop, what is open is closed, and no more.
-        train_loader: any iterable of batches.
-        val_loader: the same, or ``None``.
-        steps_per_epoch: batches in an epoch, or ``None`` when the loader ends.
+        loaders: what to read, and how much of it.
         run: the run's facts, of which it keeps those that change.
     """
 
@@ -83,21 +90,25 @@ class Loop:
         events: Events,
         programs: Programs,
         state: TrainState,
-        train_loader: Any,
-        val_loader: Any,
-        steps_per_epoch: int | None,
+        loaders: Loaders,
         run: Run,
     ):
         self._trainer, self._events, self._programs = trainer, events, programs
-        self._train_loader, self._val_loader = train_loader, val_loader
-        self._steps_per_epoch, self._run = steps_per_epoch, run
+        self._loaders, self._train_loader, self._run = loaders, loaders.train, run
         self._window: int = trainer.gradient_accumulation_steps
         host = state.on_host()
         # What the first epoch takes up, where the run goes on.
-        self._open_windows, self._loader_position = host.windows, host.loader
-        self._loader_state = host.loader
+        self._open_windows = host.windows
+        self._place: Place | None = host.loader
+        self._reader: Reader | None = None
+        if not isinstance(loaders.train, ArrayLoader):
+            same = host.batch_idx > 0 or host.data == description_of(loaders.train)
+            place = host.loader if same else None
+            self._reader = Reader(loaders.train, "train_loader", loaders.steps_per_epoch, place)
+        self._rows: dict[Any, int | None] = {}  # of every program's chunks: kept, since others would compile
         self._live = Live(state.replace(host=_without_places(host)), events.device_names)
         self._interrupts = Interrupts()
+        self._deferred: tuple[Mapping[str, Any], Container[str]] | None = None
         self._looks: list[Look] = []
 
     def run(self) -> TrainState:
@@ -141,15 +152,17 @@ class Loop:
             live.move(opened=self._hook("on_epoch_begin", epoch, {}))
             self._run.whole = False
         trained, evaluated = self._batches(epoch), {}
-        if self._val_loader is not None:
+        if self._loaders.val is not None:
             state, evaluated = evaluate(
                 self._trainer,
                 self._events,
                 self._programs,
                 live.get(),
-                self._val_loader,
+                self._loaders.val,
                 "val_loader",
+                self._loaders.validation_steps,
                 self._interrupts.check,
+                self._rows,
             )
             self._run.whole = False
             live.put(state)
@@ -160,8 +173,8 @@ class Loop:
         waiting = tuple((0, size) for start, size in live.host.batch_sizes if start <= live.host.batch_idx)
         position = {"epoch": epoch + 1, "batch_idx": 0, "examples": 0, "batch_sizes": waiting[-1:]}
         live.move(**position, history=history, published={}, opened={})
-        if not isinstance(self._train_loader, Iterator):
-            self._loader_state = None  # it begins anew
+        if self._loaders.steps_per_epoch is None and not isinstance(self._train_loader, Iterator):
+            self._place = None  # it begins anew
         self._looks = []
         self._reach_whole(closing)
         return closing
@@ -178,7 +191,7 @@ class Loop:
         if not self._run.whole:
             return state
         windows = {look.callback.name: look.window for look in self._looks if look.open}
-        return state.replace(host=state.on_host()._replace(windows=windows, loader=self._loader_state))
+        return state.replace(host=state.on_host()._replace(windows=windows, loader=self._place))
 
     def _batches(self, epoch: int) -> dict[str, Any]:
         """Train on the batches of an epoch; returns their means as ``train_`` logs."""
@@ -202,16 +215,18 @@ class Loop:
             program = self._programs.train(live.part(), live.key, feed.first, live.host.fused)
             live.move(fused=(jax.default_backend(), program.fused))
             self._open(program, looks, begun)
-            over = self._train_on(feed, program, looks)
+            with feed.putting_back(lambda: (live.host.batch_idx, self._place)):
+                over = self._train_on(feed, program, looks)
             if over:
                 break
         return self._epoch_means()
 
     def _feed(self, epoch: int) -> Feed:
-        host, limit = self._live.host, self._steps_per_epoch
-        position, self._loader_position = self._loader_position, None
+        host, limit = self._live.host, self._loaders.steps_per_epoch
+        place = epoch, host.batch_idx, host.examples
         with self._run.costs.waiting_for_data():
-            feed = Feed(self._loader(), "train_loader", epoch, host.batch_idx, host.examples, limit, position)
+            feed = Feed(self._loader(), "train_loader", *place, limit, reader=self._reader)
+        self._place = feed.place
         self._run.steps_per_epoch = feed.epoch_length
         return feed
 
@@ -240,12 +255,16 @@ class Loop:
         live, costs = self._live, self._run.costs
         costs.runs(program)
         intervals = [look.every for look in looks if look.every is not None and not isinstance(look.every, range)]
-        rows = rows_of(feed, program.fused, intervals)
+        ahead = self._loaders.prefetch
+        rows = self._rows.setdefault(program, rows_of(feed, program.fused, intervals, ahead))
         launches = 1 if rows is None else rows // min([rows, *intervals])
         place = "train_loader", live.host.epoch, live.host.batch_idx
         prepare = _prepare(self._trainer, self._programs, live.part(), feed, place, rows is not None, launches)
-        chunks = Ahead(feed.chunks(rows, LAUNCH_SECONDS), prepare, costs.waiting_for_data)
+        read = feed.chunks(rows, LAUNCH_SECONDS, peek=ahead != 0)
+        chunks = Ahead(read, prepare, costs.waiting_for_data)
+        launch = None
         for chunk in chunks:
+            self._reach_deferred()
             cursor = Cursor(chunk, live.host.batch_idx, self._window)
             while cursor.remaining:
                 if self._resize():
@@ -255,14 +274,19 @@ class Loop:
                 if self._resize():  # the looks that have begun stay open
                     return False
                 launch = program.launch(live, cursor, self._length(looks, program, cursor))
-                if not cursor.remaining:
+                if not cursor.remaining and (ahead is None or ahead > 1):
                     chunks.fetch()
                 program.pace.launched(launch.steps, launch.latest["loss"])
-                self._loader_state = None if chunk.loader_state is None else (chunk.loader_state, cursor.row)
+                self._place = None if chunk.places is None else chunk.places[cursor.row]
                 if self._end_looks(looks, cursor, launch):
                     self._run.whole = True
                     return True
-        raise RuntimeError("the chunks ended without a last one")  # cannot be: Feed marks it
+        if launch is None:
+            raise RuntimeError("there were no chunks")  # cannot be: Feed has a first batch
+        # Nothing had told that the last batch was the last, because no batch is read before it is needed.
+        self._deferred = None
+        self._end_open(looks, live.host.batch_idx, launch)
+        return True
 
     def _open(self, program: TrainProgram, looks: list[Look], begun: bool) -> None:
         """Begin the sums and the accumulation window of an epoch, or take up those that the state is in.
@@ -318,11 +342,24 @@ class Loop:
             if not over and self._is_over(cursor):  # one has asked to stop: then the other windows end, too
                 over = True
                 logs = self._look("on_batch_end", [look for look in looks if look.open], done - 1, logs)
-        if len(logs) > len(launch.latest) + 1:
-            self._sum_published(logs, launch, cursor.chunk.examples)
+        self._sum_published(logs, launch)
         if not over:
-            self._reach_whole(logs, {look.callback.name for look in ending})
+            self._run.whole = True
+            self._deferred = logs, {look.callback.name for look in ending}
+            if cursor.remaining or cursor.chunk.last is not None:
+                self._reach_deferred()
         return over
+
+    def _end_open(self, looks: list[Look], done: int, launch: Launch) -> None:
+        """End the windows that are open after the last batch."""
+        logs = {"batch_size": launch.examples, **launch.latest}
+        self._sum_published(self._look("on_batch_end", [look for look in looks if look.open], done - 1, logs), launch)
+
+    def _reach_deferred(self) -> None:
+        """Come to the place that is whole after a batch, where it is known that another one follows."""
+        if self._deferred is not None:
+            reached, self._deferred = self._deferred, None
+            self._reach_whole(*reached)
 
     def _look(self, name: str, looks: list[Look], batch_idx: int, logs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Run a batch hook of some host callbacks, in their order, and begin or end their windows."""
@@ -343,9 +380,11 @@ class Loop:
             self._live.put(state)
         return logs
 
-    def _sum_published(self, logs: Mapping[str, Any], launch: Launch, examples: int) -> None:
+    def _sum_published(self, logs: Mapping[str, Any], launch: Launch) -> None:
         """Add what host callbacks have published, weighted by the examples of the batch that they looked at."""
-        sums = dict(self._live.host.published)
+        if len(logs) <= len(launch.latest) + 1:
+            return
+        sums, examples = dict(self._live.host.published), launch.examples
         for name, value in logs.items():
             if name not in launch.latest and name != "batch_size":
                 total, weight = sums.get(name, (0.0, 0))
@@ -401,7 +440,9 @@ def evaluate(
     state: TrainState,
     loader: Any,
     name: str,
+    steps: int | None = None,
     between: Callable[[], None] = lambda: None,
+    known_rows: dict[Any, int | None] | None = None,
 ) -> tuple[TrainState, Mapping[str, Any]]:
     """Run the evaluation hooks, and between them the evaluation of every batch.
 
@@ -412,26 +453,50 @@ def evaluate(
         state: to evaluate.
         loader: any iterable of batches.
         name: what errors call the loader.
+        steps: batches to evaluate at most; ``None``: all.
         between: called between launches, and at the end.
+        known_rows: of the chunks of programs in earlier evaluations of a run; those of this one are added.
 
     Returns:
         The state and the logs as the last ``on_evaluate_end`` left them.
     """
     state, opening = events.host_hook("on_evaluate_begin", None, trainer, state, {})
-    feed = Feed(loader, name)
+    known_rows = {} if known_rows is None else known_rows
+    feed = Feed(loader, name, limit=steps, may_end=True)
     program = programs.evaluation(state, feed.first)
-    sums, rows = program.zero_sums(), rows_of(feed, program.fused)
+    ended_before = program in known_rows
+    sums, rows = program.zero_sums(), known_rows.setdefault(program, rows_of(feed, program.fused))
     prepare = _prepare(trainer, programs, state, feed, (name, 0, 0), rows is not None)
-    for chunk in feed.chunks(rows, LAUNCH_SECONDS):
-        before, chunk = sums, prepare(chunk)
-        sums = program.add(state.params, state.model_state, chunk, before)
-        jax.block_until_ready(before)  # no more than two chunks under way
-        between()
+    chunks = feed.chunks(rows, LAUNCH_SECONDS)
+    with feed.putting_back(lambda: (0, feed.place)):  # if it fails, it is done once more
+        for chunk in chunks if ended_before else _telling_when_long(chunks, feed.length, name):
+            before, chunk = sums, prepare(chunk)
+            sums = program.add(state.params, state.model_state, chunk, before)
+            jax.block_until_ready(before)  # no more than two chunks under way
+            between()
     values = means(sums)
     logs = {**opening, **{f"val_{name}": values[name] for name in loss_first(values)}}
     ended = events.host_hook("on_evaluate_end", None, trainer, state, logs)
     between()
     return ended
+
+
+def _telling_when_long(chunks: Iterator[Chunk], length: int | None, name: str) -> Iterator[Chunk]:
+    """Pass on the chunks of an evaluation, and say so (logger ``ant_jax``) when nobody can tell how many will come."""
+    began, patience, batches = time.monotonic(), LONG_SECONDS, 0
+    for chunk in chunks:
+        yield chunk
+        batches += chunk.filled
+        elapsed = time.monotonic() - began
+        if elapsed > patience and (length is None or batches > length):
+            patience = 2 * elapsed
+            _logger.warning(
+                "the evaluation on %s has taken %.0f s and %d batches, and the loader cannot tell how many will come. "
+                "If it has no end, give fit validation_steps, or evaluate steps",
+                name,
+                elapsed,
+                batches,
+            )
 
 
 def _prepare(

@@ -19,6 +19,7 @@ from ant_jax._beginning import Beginning
 from ant_jax._callback import Callback
 from ant_jax._engine import Fuse, Programs
 from ant_jax._events import Events
+from ant_jax._feed import Loaders
 from ant_jax._history import History, to_python
 from ant_jax._loop import Loop, evaluate, refuse_other_data
 from ant_jax._models import PureModel, applied, initialized, pure_functions
@@ -28,7 +29,16 @@ from ant_jax._step import COMPUTE_DTYPES, STEP_LOGS, LossFn, Step, cast_floating
 from ant_jax._trees import PyTree, describe_tree
 from ant_jax.callbacks import progress_bar
 from ant_jax.callbacks._printing import print_beside_bars
-from ant_jax.data import batch_size_of, canonical, inputs_of, length_of, refuse_bad_length, refuse_read_once
+from ant_jax.data import (
+    ArrayLoader,
+    batch_size_of,
+    canonical,
+    inputs_of,
+    length_of,
+    refuse_empty,
+    refuse_endless,
+    refuse_read_once,
+)
 
 
 if TYPE_CHECKING:  # Orbax takes long to import
@@ -357,6 +367,8 @@ class Trainer:
         val_loader: Any = None,
         *,
         steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        prefetch: int | None = None,
         resume: str | os.PathLike[str] | None = None,
     ) -> tuple[TrainState, History]:
         """Train until ``num_epochs`` epochs are done; :mod:`ant_jax._loop` shows the loop with its hooks.
@@ -375,8 +387,16 @@ class Trainer:
                 loader, a generator.
             num_epochs: epochs in all, those that the state has done included.
             val_loader: batches to evaluate on at the end of every epoch.
-            steps_per_epoch: end an epoch after so many batches; needed for a loader without an end. An iterator goes on
-                where the last epoch left it, any other iterable starts again.
+            steps_per_epoch: end an epoch after so many batches, which the loader must have; needed for a loader without
+                an end. The next epoch goes on with the batch after them, and a loader that ends is begun anew, in the
+                middle of an epoch, too. (An ``ArrayLoader`` has an order for every epoch, of which these are the first
+                batches.)
+            validation_steps: evaluate on so many batches at most, the first ones of ``val_loader``; needed for one
+                without an end. An iterator goes on where the last evaluation left it.
+            prefetch: how many batches may be read from ``train_loader`` beyond the one that is trained on. ``None``: as
+                many as two launches may want, a few hundred small ones. With 0 a batch is read when all hooks of the
+                one before have run, so that it may depend on what they have seen, as on-policy data do, and so that
+                a run that stops loses none; then every step is a launch of its own, for which the device waits.
             resume: a directory that a ``checkpoint`` callback saves into. If it has a checkpoint, the run goes on from
                 the newest sound one, instead of ``state``; a damaged one is renamed, with a warning. If it has none,
                 the run begins with ``state``. So the same command, started again, goes on; of a run that is over, only
@@ -386,6 +406,9 @@ class Trainer:
         ``get_state`` and ``set_state``, as Grain's have, is put where it was (an iterator that is given itself, also
         between epochs); any other iterable is read from its beginning, with a warning, unless it is a list; and what
         can be read only once is refused.
+
+        When a run ends before its loader, an iterator with ``get_state`` and ``set_state`` is put back behind the last
+        batch that was trained on. Any other iterator has lost what was read beyond it, which a warning says.
 
         Returns:
             The state after training, and the logs of all its epochs.
@@ -399,13 +422,15 @@ class Trainer:
             CallbackReturnError: a hook returned what it must not.
         """
         _check_count("num_epochs", num_epochs)
-        if steps_per_epoch is not None:
-            _check_count("steps_per_epoch", steps_per_epoch)
+        for name, count in (("steps_per_epoch", steps_per_epoch), ("validation_steps", validation_steps)):
+            if count is not None:
+                _check_count(name, count)
+        self._check_prefetch(prefetch, train_loader, steps_per_epoch)
         self._states.check(state)
-        loaders = train_loader, val_loader, steps_per_epoch
+        loaders = Loaders(train_loader, val_loader, steps_per_epoch, validation_steps, prefetch)
         if resume is not None:
             state = self._resumed(resume, state, train_loader)
-            return self._go_on(state, num_epochs, *loaders)
+            return self._go_on(state, num_epochs, loaders)
         if num_epochs <= state.epoch:
             _logger.warning(
                 "fit: nothing to do: the state has done %d epochs and num_epochs is %d, which counts from the very "
@@ -414,22 +439,31 @@ class Trainer:
                 num_epochs,
             )
             return state, state.history
-        return self._go_on(state.replace(stop=False), num_epochs, *loaders)
+        return self._go_on(state.replace(stop=False), num_epochs, loaders)
 
-    def _go_on(
-        self, state: TrainState, num_epochs: int, train_loader: Any, val_loader: Any, steps_per_epoch: int | None
-    ) -> tuple[TrainState, History]:
+    def _check_prefetch(self, prefetch: Any, train_loader: Any, steps_per_epoch: int | None) -> None:
+        if prefetch is None:
+            return
+        if isinstance(prefetch, bool) or not isinstance(prefetch, int | np.integer) or prefetch < 0:
+            raise ValueError(f"prefetch must be a whole number from 0 on, or None, got {prefetch!r}")
+        known = steps_per_epoch is not None or isinstance(train_loader, ArrayLoader)
+        if prefetch == 0 and self.gradient_accumulation_steps > 1 and not known:
+            raise ValueError(
+                "prefetch=0 with gradient_accumulation_steps needs steps_per_epoch: the last batch of an epoch closes "
+                "the accumulation window, and no batch is read to see whether one follows"
+            )
+
+    def _go_on(self, state: TrainState, num_epochs: int, loaders: Loaders) -> tuple[TrainState, History]:
         """Do what is left of a run; of one that is over, its end, which it may not have come to."""
         over = state.epoch >= num_epochs or (state.stop and state.batch_idx == 0)
         if over:
             print_beside_bars(f"the run is over after epoch {state.epoch}; nothing is trained")
         epochs = 0 if over else num_epochs - state.epoch
-        refuse_bad_length(train_loader, "train_loader", epochs, steps_per_epoch)
-        refuse_bad_length(val_loader, "val_loader", epochs)
+        loaders.refuse_bad_lengths(epochs)
         running = copy.copy(self)
-        run = Run(num_epochs, steps_per_epoch or length_of(train_loader), Costs(self._events.seconds))
+        run = Run(num_epochs, loaders.steps_per_epoch or length_of(loaders.train), Costs(self._events.seconds))
         object.__setattr__(running, "_run", run)
-        loop = Loop(running, self._events, self._programs, state, train_loader, val_loader, steps_per_epoch, run)
+        loop = Loop(running, self._events, self._programs, state, loaders, run)
         state = loop.run()
         return state, state.history
 
@@ -447,8 +481,13 @@ class Trainer:
         print_beside_bars(f"resumed from {in_words(state, saved)} in {os.fspath(directory)}")
         return state
 
-    def evaluate(self, state: TrainState, loader: Any) -> dict[str, Any]:
+    def evaluate(self, state: TrainState, loader: Any, *, steps: int | None = None) -> dict[str, Any]:
         """Evaluate on all batches of ``loader``, with the evaluation hooks around it.
+
+        Args:
+            state: stays as it is.
+            loader: any iterable of batches.
+            steps: evaluate on the first so many batches at most; needed for a loader without an end.
 
         Returns:
             ``val_loss``, ``val_<metric>`` and what ``on_evaluate_end`` published: means over examples, as numbers. What
@@ -459,7 +498,11 @@ class Trainer:
             BatchError: the loader gave no batches, or one that differs from the others.
         """
         self._states.check(state)
-        _, logs = evaluate(self, self._events, self._programs, state, loader, "loader")
+        if steps is None:
+            refuse_endless(loader, "loader", "steps")
+        else:
+            _check_count("steps", steps)
+        _, logs = evaluate(self, self._events, self._programs, state, loader, "loader", steps)
         return {name: to_python(value) for name, value in logs.items()}
 
     def predict(self, state: TrainState, inputs: Any, *, batch_size: int = 256) -> Any:
@@ -504,6 +547,7 @@ class Trainer:
         """
         self._states.check(state)
         batch = canonical(batch)
+        refuse_empty(batch, "the batch")
         self._step.check_batch(batch)
         self._programs.check_params(state.params, inputs_of(batch))
         return self._gradients(self._states.part(state).state(state.key, cycle=state.cycle), batch)
@@ -524,6 +568,7 @@ class Trainer:
         """
         self._states.check(state)
         batch = canonical(batch)
+        refuse_empty(batch, "the batch")
         part = self._states.part(state)
         program = self._programs.train(part, state.key, batch)
         key_data = self._programs.key_data_of(state.key)

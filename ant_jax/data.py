@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
+import operator
+import sys
 import zlib
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -155,11 +158,28 @@ def _rows(order: np.ndarray | None, position: int, examples: int) -> Any:
 
 
 def length_of(loader: Any) -> int | None:
-    """Batches in an epoch of a loader; ``None`` when it cannot tell."""
+    """Batches in an epoch of a loader; ``None`` when it cannot tell, or has no end."""
+    length = _told_length(loader)
+    return None if length == sys.maxsize else length
+
+
+def _told_length(loader: Any) -> int | None:
     try:
         return len(loader)
-    except TypeError:
+    except Exception:  # whatever it raises, it cannot tell: NotImplementedError, a wrapper's AttributeError
         return None
+
+
+def has_no_end(loader: Any) -> bool:
+    """Whether a loader says that it has no end; one may have none without saying so.
+
+    >>> has_no_end(itertools.cycle([1, 2])), has_no_end([1, 2])
+    (True, False)
+    """
+    if isinstance(loader, itertools.repeat):
+        return operator.length_hint(loader, -1) < 0
+    # The length is how Grain tells that a data set repeats for ever.
+    return isinstance(loader, itertools.cycle | itertools.count) or _told_length(loader) == sys.maxsize
 
 
 def has_state(iterator: Any) -> bool:
@@ -210,9 +230,15 @@ def refuse_bad_length(loader: Any, name: str, epochs: int, limit: int | None = N
         raise BatchError(f"{name} has {batches} batches, fewer than steps_per_epoch={limit}")
 
 
+def refuse_endless(loader: Any, name: str, argument: str) -> None:
+    """Raise BatchError if a loader says that it has no end, and so an evaluation of all its batches would have none."""
+    if has_no_end(loader):
+        raise BatchError(f"{name} has no end, and so its evaluation would have none; give {argument}=, its batches")
+
+
 READ_AGAIN = (
     "Pass an iterable that starts again for every epoch (a list, an ArrayLoader, a DataLoader), or an endless iterator "
-    "with steps_per_epoch"
+    "with steps_per_epoch (for evaluation: validation_steps)"
 )
 
 
@@ -273,6 +299,19 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     memory = np.empty(size + 64, np.uint8)
     offset = -memory.ctypes.data % 64
     return memory[offset : offset + size].view(dtype).reshape(shape)
+
+
+def refuse_empty(batch: PyTree, where: str) -> None:
+    """Raise BatchError if a batch has arrays, and all have no examples: their mean would not be a number.
+
+    >>> refuse_empty((np.zeros((0, 3)), np.zeros(0)), "batch 7")
+    Traceback (most recent call last):
+    ant_jax.data.BatchError: batch 7 has no examples: 0: float64[0,3], 1: float64[0]. Leave it out of the loader
+    """
+    leaves = {path: leaf for path, leaf in named_leaves(batch).items() if np.ndim(leaf)}
+    if leaves and all(np.shape(leaf)[0] == 0 for leaf in leaves.values()):
+        found = ", ".join(f"{path or 'batch'}: {describe(leaf)}" for path, leaf in leaves.items())
+        raise BatchError(f"{where} has no examples: {found}. Leave it out of the loader")
 
 
 def batch_size_of(batch: PyTree) -> int:

@@ -17,6 +17,7 @@ LAYERS = [
     {"_finite", "_interrupt", "_memories", "_pace", "_requirements", "_seal", "_trees"},
     {"_encoding", "_history", "_hyperparams", "_lock", "_logs", "_objective", "_sums", "_models", "metrics"},
     {"_state", "data"},
+    {"_reader"},
     {"_branches", "_callback", "_feed", "_snapshot"},
     {"_checking"},
     {"_checkpoint", "_judging", "_live"},

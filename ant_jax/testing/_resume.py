@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ant_jax._callback import Callback
+from ant_jax._feed import Loaders
 from ant_jax._state import TrainState
 from ant_jax._trainer import Trainer
 from ant_jax.testing._compare import difference
@@ -52,18 +53,17 @@ def check_resume(
     """
     if state is None:
         state = trainer.init(next(iter(train_loader)))
-    loaders = {"val_loader": val_loader, "steps_per_epoch": steps_per_epoch}
     with tempfile.TemporaryDirectory() as directory:
         with trainer.checkpointer(directory, allow_nonfinite=True) as checkpointer:
             probing = dataclasses.replace(trainer, callbacks=(*trainer.callbacks, _probe(checkpointer)))
-            whole, _ = probing.fit(state, train_loader, num_epochs, **loaders)
+            whole, _ = probing.fit(state, train_loader, num_epochs, val_loader, steps_per_epoch=steps_per_epoch)
             saved = checkpointer.steps
         for step in saved if steps is None else steps:
             if step not in saved:
                 raise ValueError(f"check_resume: the run has no step {step!r}; its steps are {saved[0]} to {saved[-1]}")
             restored = trainer.restore(directory, step, like=state)
             place = f"step {step} (epoch {restored.epoch}, batch {restored.batch_idx})"
-            end, _ = trainer._go_on(restored, num_epochs, train_loader, val_loader, steps_per_epoch)
+            end, _ = trainer._go_on(restored, num_epochs, Loaders(train_loader, val_loader, steps_per_epoch))
             differs = difference(whole, end)
             if differs:
                 raise ResumeFault(
