@@ -142,7 +142,7 @@ class TrainProgram:
         Does not wait for the device, unless a traced hook can end the launch early.
         """
         chunk, start = cursor.chunk, cursor.row
-        ends = chunk.last and self._window_steps > 1
+        ends = bool(chunk.last) and self._window_steps > 1
         if not self.fused:
             ends = scalar(ends)
             with _taking_batches():

@@ -133,6 +133,11 @@ class Feed:
     def _where(self) -> Place | None:
         return None if self._reader is None else self._reader.place()
 
+    @property
+    def read(self) -> int:
+        """Batches of the epoch that are read, as far as it matters: those of an ``ArrayLoader`` are not lost."""
+        return 0 if self._reader is None else self._reader.read
+
     @contextlib.contextmanager
     def putting_back(self, used: Callable[[], tuple[int, Place | None]]) -> Iterator[None]:
         """Put an iterator back behind the last batch that was used, however the body ends.

@@ -467,13 +467,15 @@ def evaluate(
     ended_before = program in known_rows
     sums, rows = program.zero_sums(), known_rows.setdefault(program, rows_of(feed, program.fused))
     prepare = _prepare(trainer, programs, state, feed, (name, 0, 0), rows is not None)
-    chunks = feed.chunks(rows, LAUNCH_SECONDS)
-    with feed.putting_back(lambda: (0, feed.place)):  # if it fails, it is done once more
+    chunks, ended = feed.chunks(rows, LAUNCH_SECONDS), False
+    # One that fails has used nothing, because it is done once more.
+    with feed.putting_back(lambda: (feed.read if ended else 0, feed.place)):
         for chunk in chunks if ended_before else _telling_when_long(chunks, feed.length, name):
             before, chunk = sums, prepare(chunk)
             sums = program.add(state.params, state.model_state, chunk, before)
             jax.block_until_ready(before)  # no more than two chunks under way
             between()
+        ended = True
     values = means(sums)
     logs = {**opening, **{f"val_{name}": values[name] for name in loss_first(values)}}
     ended = events.host_hook("on_evaluate_end", None, trainer, state, logs)

@@ -1,6 +1,7 @@
 """Loaders of every kind, and what is said of a bad one."""
 
 import contextlib
+import itertools
 import re
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from problems import BATCH, assert_bit_equal, batches, data, host, trainer
 
+import ant_jax as ant
 from ant_jax import ArrayLoader, BatchError
 from ant_jax._feed import Ahead, Feed
 from ant_jax.data import canonical
@@ -248,3 +250,319 @@ def test_a_loader_with_another_batch_size_describes_itself():
     loader = ArrayLoader(np.arange(6), batch_size=2)
     assert loader.description["batch_size"] == 2
     assert loader.with_batch_size(3).description == {**loader.description, "batch_size": 3}
+
+
+# --- how much is read
+
+
+class Stream:
+    """An endless iterator that counts what it gives, and cannot be put anywhere."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        self.given += 1
+        return batches(12)[(self.given - 1) % 12]
+
+
+class Placed(Stream):
+    """One that can."""
+
+    def get_state(self) -> int:
+        return self.given
+
+    def set_state(self, state: int) -> None:
+        self.given = state
+
+
+class Endless:
+    """An iterable without an end, which gives the same batches whenever it is read."""
+
+    def __iter__(self) -> Any:
+        return itertools.cycle(batches(12))
+
+
+def batch_means(state: ant.TrainState, loader: Any, *arguments: Any, **options: Any) -> list[float]:
+    """The batches that a run has trained on, by their means."""
+    seen: list[float] = []
+    a_trainer = trainer(host(on_batch_end=lambda b, t, s, logs: (s, seen.append(float(logs["mean"])) or logs)), **TOLD)
+    a_trainer.fit(state, loader, *arguments, **options)
+    return seen
+
+
+def told(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+    return jnp.mean(params["kernel"] ** 2), (model_state, {"mean": jnp.mean(batch[0])})
+
+
+TOLD: dict[str, Any] = {"criterion": None, "loss_fn": told}
+
+
+@pytest.mark.parametrize("make", [Endless, Stream, Placed, lambda: batches(12)])
+def test_epochs_of_steps_per_epoch_go_on_where_the_last_has_ended(make):
+    state = trainer(**TOLD).init(batches(1)[0])
+    means = batch_means(state, make(), 3, steps_per_epoch=5)
+    expected = [float(np.mean(batch[0])) for batch in (2 * batches(12))[:15]]
+    np.testing.assert_allclose(means, expected, rtol=1e-5)
+
+
+def test_an_array_loader_gives_the_first_batches_of_every_epochs_own_order():
+    loader = ArrayLoader(data(9 * BATCH), BATCH, seed=2)
+    state = trainer(**TOLD).init(batches(1)[0])
+    means = batch_means(state, loader, 2, steps_per_epoch=4)
+    expected = [float(np.mean(b[0])) for epoch in range(2) for b in itertools.islice(loader.batches(epoch), 4)]
+    np.testing.assert_allclose(means, expected, rtol=1e-5)
+
+
+def stopping_at(batch_idx: int) -> ant.Callback:
+    return host("stop", on_batch_end=lambda b, t, state, logs: (state.request_stop(when=b == batch_idx), logs))
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_after_a_stop_an_iterator_goes_on_at_the_next_batch(fuse, caplog):
+    a_trainer, stream = trainer(stopping_at(4), fuse=fuse), Placed()
+    state, _ = a_trainer.fit(a_trainer.init(batches(1)[0]), stream, 1, steps_per_epoch=100)
+    assert (int(state.step), stream.given) == (5, 5)
+    assert not caplog.text
+    stream = Stream()
+    a_trainer.fit(a_trainer.init(batches(1)[0]), stream, 1, steps_per_epoch=100, prefetch=0)
+    assert stream.given == 5
+    assert not caplog.text
+    a_trainer.fit(a_trainer.init(batches(1)[0]), stream, 1, steps_per_epoch=100)
+    assert f"train_loader has given {stream.given - 10} batches that were not used" in caplog.text
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_after_an_exception_an_iterator_goes_on_at_the_next_batch(error):
+    def fail(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        if batch_idx == 2:
+            raise error
+        return state, logs
+
+    for hook, used in (("on_batch_begin", 2), ("on_batch_end", 3), ("on_evaluate_end", 4)):
+        arguments: dict[str, Any] = {hook: fail if hook != "on_evaluate_end" else lambda *_: fail(2, *_)}
+        a_trainer, stream = trainer(host(**arguments)), Placed()
+        with pytest.raises(error):
+            a_trainer.fit(a_trainer.init(batches(1)[0]), stream, 1, batches(1), steps_per_epoch=4)
+        assert stream.given == used
+
+
+def test_an_iterator_is_read_only_as_far_as_an_evaluation_goes_and_put_back_where_that_fails():
+    a_trainer, stream = trainer(), Placed()
+    state = a_trainer.init(batches(1)[0])
+    a_trainer.evaluate(state, stream, steps=5)
+    assert stream.given == 5
+    a_trainer.evaluate(state, stream, steps=2)
+    assert stream.given == 7
+
+    def broken() -> Any:
+        yield from batches(2)
+        raise OSError("disk")
+
+    class Failing(Placed):
+        def __next__(self) -> Any:
+            if self.given == 9:
+                raise OSError("disk")
+            return super().__next__()
+
+    failing = Failing()
+    failing.given = 3
+    with pytest.raises(OSError, match="disk"):
+        a_trainer.evaluate(state, failing)
+    assert failing.given == 3
+    with pytest.raises(OSError, match="disk") as raised:
+        a_trainer.evaluate(state, broken())
+    assert raised.value.__notes__ == ["in loader, after 2 batches of epoch 0"]
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("prefetch", [0, 1, 2, 3, 5])
+def test_no_more_batches_are_read_ahead_than_may_be(fuse, prefetch):
+    ahead: list[int] = []
+    stream = Stream()
+
+    def note(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        ahead.append(stream.given - (batch_idx + 1))
+        return state, logs
+
+    a_trainer = trainer(host(on_batch_begin=note, on_batch_end=note), fuse=fuse)
+    state = a_trainer.init(batches(1)[0])
+    end, _ = a_trainer.fit(state, stream, 1, steps_per_epoch=30, prefetch=prefetch)
+    assert 0 <= min(ahead) and max(ahead) <= prefetch
+    assert_bit_equal(end, a_trainer.fit(state, Stream(), 1, steps_per_epoch=30)[0])
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("limit", [None, 8])
+def test_with_prefetch_0_batches_may_depend_on_the_run(fuse, limit):
+    seen: list[int] = []
+    now = {"step": 0}
+
+    def on_policy() -> Any:
+        while limit or len(seen) < 8:
+            seen.append(now["step"])
+            yield batches(1)[0]
+
+    def publish(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        now["step"] = int(state.step)
+        return state, logs
+
+    a_trainer = trainer(host(on_batch_end=publish), fuse=fuse)
+    a_trainer.fit(a_trainer.init(batches(1)[0]), on_policy(), 1, steps_per_epoch=limit, prefetch=0)
+    assert seen == list(range(8))
+
+
+@pytest.mark.parametrize("loader", [lambda: iter(batches(7)), lambda: ArrayLoader(data(7 * BATCH), BATCH)])
+def test_with_prefetch_0_hooks_come_as_ever(loader):
+    events: list[list[Any]] = []
+
+    def noting(name: str) -> Any:
+        def hook(*arguments: Any) -> Any:
+            *lead, _, state, logs = arguments
+            size = len(logs.window["loss"]) if name == "on_batch_end" else None
+            events[-1].append((name, *lead, size))
+            return state, {**logs, "seen": 1.0} if name == "on_batch_end" else logs
+
+        return hook
+
+    names = ("on_batch_begin", "on_batch_end", "on_checkpoint", "on_epoch_end")
+    a_trainer = trainer(host(every=3, **{name: noting(name) for name in names}))
+    state = a_trainer.init(batches(1)[0])
+    results = []
+    for prefetch in (None, 0):
+        events.append([])
+        results.append(a_trainer.fit(state, loader(), 1, prefetch=prefetch))
+    assert events[0] == events[1]
+    assert_bit_equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+def test_prefetch_is_checked():
+    for bad in (-1, True, 1.5):
+        with pytest.raises(ValueError, match=f"prefetch must be a whole number from 0 on, or None, got {bad}"):
+            fit(batches(), prefetch=bad)
+    accumulating = trainer(gradient_accumulation_steps=2)
+    state = accumulating.init(batches(1)[0])
+    with pytest.raises(ValueError, match="prefetch=0 with gradient_accumulation_steps needs steps_per_epoch"):
+        accumulating.fit(state, iter(batches()), 1, prefetch=0)
+    end, _ = accumulating.fit(state, iter(batches()), 1, prefetch=0, steps_per_epoch=5)
+    assert_bit_equal(end, accumulating.fit(state, batches(), 1)[0])
+
+
+# --- loaders without an end, or without examples
+
+
+def test_an_evaluation_has_an_end():
+    a_trainer = trainer()
+    state = a_trainer.init(batches(1)[0])
+    expected = a_trainer.evaluate(state, batches(12)[:5])
+    assert a_trainer.evaluate(state, Endless(), steps=5) == expected
+    assert a_trainer.evaluate(state, batches(12)[:5], steps=9) == expected
+    loader = ArrayLoader(data(12 * BATCH), BATCH, shuffle=False)
+    assert a_trainer.evaluate(state, loader, steps=5) == expected
+    end, history = a_trainer.fit(state, Endless(), 2, Endless(), steps_per_epoch=3, validation_steps=5)
+    # Every evaluation begins at the beginning.
+    assert history[1]["val_loss"] == a_trainer.evaluate(end, batches(12)[:5])["val_loss"]
+    _, streamed = a_trainer.fit(
+        state, Endless(), 2, itertools.cycle(batches(12)), steps_per_epoch=3, validation_steps=5
+    )
+    assert streamed[0] == history[0]
+    assert streamed[1]["val_loss"] == a_trainer.evaluate(end, batches(12)[5:10])["val_loss"]
+
+
+def test_a_loader_that_says_that_it_has_no_end_is_not_evaluated_for_ever():
+    import grain
+
+    repeating = grain.MapDataset.source(batches(2)).repeat()
+    a_trainer = trainer()
+    state = a_trainer.init(batches(1)[0])
+    for endless in (repeating, itertools.cycle(batches(2)), itertools.repeat(batches(1)[0])):
+        with pytest.raises(BatchError, match="val_loader has no end, .* give validation_steps=, its batches"):
+            a_trainer.fit(state, batches(), 1, endless)
+        with pytest.raises(BatchError, match="loader has no end, .* give steps=, its batches"):
+            a_trainer.evaluate(state, endless)
+        assert list(a_trainer.evaluate(state, endless, steps=3)) == ["val_loss"]
+    assert list(a_trainer.evaluate(state, itertools.repeat(batches(1)[0], 3))) == ["val_loss"]
+    assert int(a_trainer.fit(state, repeating, 2, steps_per_epoch=3)[0].step) == 6
+    for name in ("steps", "validation_steps"):
+        with pytest.raises(ValueError, match=f"{name} must be a positive whole number, got 0"):
+            a_trainer.evaluate(state, [], steps=0) if name == "steps" else fit(batches(), validation_steps=0)
+
+
+def test_a_long_evaluation_on_a_loader_without_a_length_is_worth_a_line(monkeypatch, caplog):
+    monkeypatch.setattr("ant_jax._loop.LONG_SECONDS", -1.0)
+    a_trainer = trainer()
+    state = a_trainer.init(batches(1)[0])
+    a_trainer.evaluate(state, batches(3))
+    assert not caplog.text
+    a_trainer.fit(state, batches(3), 3, Again(3))
+    assert caplog.text.count("the evaluation on val_loader has taken") == 1  # it has ended once, and so it ends
+    assert "0 s and 3 batches, and the loader cannot tell how many will come" in caplog.text
+
+
+class Again:
+    """A loader that cannot tell its length."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __iter__(self) -> Any:
+        return iter(batches(self.count))
+
+
+def test_a_length_that_cannot_be_told_is_none():
+    expected, history = fit(batches(3), 2, batches(3))
+    state, its_history = fit(Again(3), 2, Again(3))
+    assert_bit_equal(state, expected)
+    assert its_history == history
+
+
+class Growing(Again):
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Any:
+        yield from batches(self.count)
+        self.count += 1
+
+
+@pytest.mark.parametrize(("first", "val_loader"), [(5, Growing(2)), (5, Again(2)), (260, Growing(300))])
+def test_a_length_that_varies_compiles_nothing_after_the_first_epoch(first, val_loader, compilations):
+    counts: list[int] = []
+
+    def count(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        counts.append(compilations.count)
+        return state, logs
+
+    a_trainer = trainer(host(on_epoch_end=count))
+    a_trainer.fit(a_trainer.init(batches(1)[0]), Growing(first), 6, val_loader)
+    assert counts[1:] == 5 * counts[:1]
+
+
+def test_a_batch_of_no_examples_is_refused_wherever_it_comes():
+    (x, y), whole = batches(1)[0], batches(2)
+    empty = x[:0], y[:0]
+    message = r"batch 2 of epoch 0 has no examples: 0: float32\[0,4\], 1: int32\[0\]. Leave it out of the loader"
+    with pytest.raises(BatchError, match=f"train_loader, {message}"):
+        fit([*whole, empty])
+    with pytest.raises(BatchError, match=f"train_loader, {message}"):
+        fit([*whole, empty, *whole])
+    with pytest.raises(BatchError, match=f"val_loader, {message}"):
+        fit(whole, 1, [*whole, empty])
+    with pytest.raises(BatchError, match="train_loader, batch 0 of epoch 0 has no examples"):
+        fit([empty, *whole])
+    a_trainer = trainer()
+    state = a_trainer.init(empty)  # of which only the form counts
+    with pytest.raises(BatchError, match=f"loader, {message}"):
+        a_trainer.evaluate(state, [*whole, empty])
+    for step in (a_trainer.train_step, a_trainer.grad_step):
+        with pytest.raises(BatchError, match="the batch has no examples"):
+            step(state, empty)
+    with pytest.raises(ValueError, match="inputs must be as many examples in each array"):
+        a_trainer.predict(state, x[:0])
