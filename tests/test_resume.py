@@ -1,6 +1,7 @@
 """A run that is cut anywhere goes on, and ends as if it had not been; what is damaged gives no number."""
 
 import dataclasses
+import itertools
 import logging
 import pathlib
 import random
@@ -140,6 +141,64 @@ def test_a_loader_with_a_state_is_put_where_it_was(fuse):
         assert_bit_equal(end, whole)
         assert again == history
         assert endless.puts == i + 1  # where the run goes on, and not at every epoch
+
+
+class Cycling:
+    """An iterable without an end that can only be read from its beginning."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.cycle(batches(7))
+
+
+LIMITED = {
+    "list": lambda: [*batches(6), *batches(1, batch=3)],  # whose shorter last batch comes in the middle of epochs
+    "iterable": Cycling,
+    "grain": lambda: grain_dataset().repeat().to_iter_dataset(),
+    "array": lambda: ant.ArrayLoader(data(7 * BATCH), BATCH),
+}
+
+
+@pytest.mark.parametrize(("name", "fuse"), [*((name, True) for name in LIMITED), ("list", False)])
+def test_epochs_of_steps_per_epoch_go_on_inside_and_between_them(name, fuse):
+    loader, looking = LIMITED[name](), window_means("threes", 3)
+    a_trainer = trainer(looking, fuse=fuse, gradient_accumulation_steps=2)
+    start = a_trainer.init(batches(1)[0])
+    steps = None if name == "list" and fuse else [1, 4, 7]
+    testing.check_resume(a_trainer, loader, 3, state=start, steps_per_epoch=4, steps=steps)
+    whole, history = a_trainer.fit(start, loader, 3, steps_per_epoch=4)
+    half, _ = a_trainer.fit(start, loader, 2, steps_per_epoch=4)
+    state, again = a_trainer.fit(half, loader, 3, steps_per_epoch=4)
+    assert_bit_equal(state, whole)
+    assert again == history
+
+
+def test_between_epochs_other_data_are_read_from_their_beginning():
+    a_trainer = trainer()
+    start, _ = a_trainer.fit(a_trainer.init(batches(1)[0]), batches(5), 1, steps_per_epoch=3)
+    other = batches(6, seed=1)
+    state, _ = a_trainer.fit(start, other, 2, steps_per_epoch=3)
+    assert_bit_equal(state, a_trainer.fit(start, other[:3], 2)[0])
+
+
+@pytest.mark.parametrize("limit", [None, 4])
+def test_a_run_that_reads_nothing_ahead_goes_on_from_every_place(limit):
+    states: dict[int, ant.TrainState] = {}
+
+    def keep(trainer: Any, state: Any, logs: Any) -> Any:
+        states[int(state.step)] = state
+        return state, logs
+
+    identity = lambda i, trainer, state, logs: (state, logs)  # noqa: E731
+    keeping = host("keep", on_batch_end=identity, on_checkpoint=keep)
+    a_trainer = trainer(window_means("threes", 3), keeping)
+    start = a_trainer.init(batches(1)[0])
+    options: dict[str, Any] = {"steps_per_epoch": limit, "prefetch": 0}
+    whole, history = a_trainer.fit(start, Reiterable(), 3, **options)
+    assert sorted(states) == list(range(1, 13))
+    for step in (1, 3, 4, 6, 8):
+        end, again = a_trainer.fit(states[step], Reiterable(), 3, **options)
+        assert_bit_equal(end, whole)
+        assert again == history
 
 
 class Reusing:
