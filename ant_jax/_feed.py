@@ -223,7 +223,8 @@ class Feed:
             done += 1
             full = stack.filled == (rows or 1)
             if full and not peek and done != self._limit:
-                self._refuse_other_form(leaves, form, done - 1, last=True)  # which is not known yet
+                if form is not self._form:
+                    self._refuse_other_form(leaves, form, done - 1, last=True)  # which is not known yet
                 yield stack.finished(self._where(), last=None if self._limit is None else False)
                 stack = None
             try:
@@ -233,7 +234,8 @@ class Feed:
             last = batch is None and failure is None
             if batch is not None and done == self._start + 1 and self._begun_anew:
                 self._take_as_first(*batch)  # the one before may have been a shorter one, which ended the loader
-            self._refuse_other_form(leaves, form, done - 1, last or self._begun_anew)
+            if form is not self._form:
+                self._refuse_other_form(leaves, form, done - 1, last or self._begun_anew)
             if stack is not None and (batch is None or full or time.monotonic() > deadline):
                 yield stack.finished(self._place, last)
                 stack = None
@@ -265,9 +267,7 @@ class Feed:
         return f"{self._name}, batch {batch_idx} of epoch {self._epoch}"
 
     def _refuse_other_form(self, leaves: list[Any], form: _Form, batch_idx: int, last: bool) -> None:
-        """Raise BatchError unless a batch is like the first, or a shorter one that ends the loader."""
-        if form is self._form:
-            return
+        """Raise BatchError unless a batch of another form than the first is a shorter one that ends the loader."""
         where = self._which(batch_idx)
         batch = jax.tree.unflatten(form.treedef, leaves)
         refuse_empty(batch, where)

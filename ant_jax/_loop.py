@@ -25,6 +25,10 @@ look, for the callbacks that looked, unless the epoch's batches end there; and a
 epoch counts as done. Ctrl-C and SIGTERM act where the state is whole, too: between launches, in an evaluation, and
 between epochs.
 
+Batches are read ahead: while those of a launch are trained on, the next ones are read, and one more, to see whether
+one follows. With ``prefetch=0`` a batch is read after the hooks of the one before; where ``steps_per_epoch`` does not
+tell whether one follows, it is read before the ``on_checkpoint`` of the one before.
+
 A batch size that a callback asks for begins at its batch, in the order of the examples that the epoch has.
 
 What is published when a scope opens is still in the logs when it closes.
@@ -211,11 +215,11 @@ class Loop:
                     raise
                 self._run.whole = True
                 break  # the run goes on after the last batch of an epoch
-            begun = program is not None
-            program = self._programs.train(live.part(), live.key, feed.first, live.host.fused)
-            live.move(fused=(jax.default_backend(), program.fused))
-            self._open(program, looks, begun)
             with feed.putting_back(lambda: (live.host.batch_idx, self._place)):
+                begun = program is not None
+                program = self._programs.train(live.part(), live.key, feed.first, live.host.fused)
+                live.move(fused=(jax.default_backend(), program.fused))
+                self._open(program, looks, begun)
                 over = self._train_on(feed, program, looks)
             if over:
                 break
