@@ -373,8 +373,13 @@ class Trainer:
     ) -> tuple[TrainState, History]:
         """Train until ``num_epochs`` epochs are done; :mod:`ant_jax._loop` shows the loop with its hooks.
 
-        The state that is passed in stays readable. If an exception ends the run, callbacks get ``on_exception`` with
-        the state as it is then, and the exception has that state as its attribute ``train_state``.
+        The state that is passed in stays readable, so the run trains a copy of what the caller still refers to, and
+        there are two in memory; the ``state`` of ``state, history = trainer.fit(state, ...)`` is referred to until
+        ``fit`` returns. A state that the caller does not keep is overwritten in place, and there is one:
+        ``state, history = trainer.fit(trainer.init(batch), ...)``, or ``trainer.fit(states.pop(), ...)``.
+
+        If an exception ends the run, callbacks get ``on_exception`` with the state as it is then, and the exception has
+        that state as its attribute ``train_state``.
 
         Ctrl-C and SIGTERM act when the step under way is done, so that the state is whole: then the run ends with a
         ``KeyboardInterrupt``, or with ``SystemExit(143)``, as with any exception, and a ``checkpoint`` callback saves
@@ -430,8 +435,7 @@ class Trainer:
         loaders = Loaders(train_loader, val_loader, steps_per_epoch, validation_steps, prefetch)
         if resume is not None:
             state = self._resumed(resume, state, train_loader)
-            return self._go_on(state, num_epochs, loaders)
-        if num_epochs <= state.epoch:
+        elif num_epochs <= state.epoch:
             _logger.warning(
                 "fit: nothing to do: the state has done %d epochs and num_epochs is %d, which counts from the very "
                 "first epoch; give a larger one to train on",
@@ -439,7 +443,12 @@ class Trainer:
                 num_epochs,
             )
             return state, state.history
-        return self._go_on(state.replace(stop=False), num_epochs, loaders)
+        else:
+            state = state.replace(stop=False)
+        loop = self._loop(state, num_epochs, loaders)
+        del state  # where nothing else refers to it, the run overwrites it instead of a copy
+        state = loop.run()
+        return state, state.history
 
     def _check_prefetch(self, prefetch: Any, train_loader: Any, steps_per_epoch: int | None) -> None:
         if prefetch is None:
@@ -453,8 +462,8 @@ class Trainer:
                 "the accumulation window, and no batch is read to see whether one follows"
             )
 
-    def _go_on(self, state: TrainState, num_epochs: int, loaders: Loaders) -> tuple[TrainState, History]:
-        """Do what is left of a run; of one that is over, its end, which it may not have come to."""
+    def _loop(self, state: TrainState, num_epochs: int, loaders: Loaders) -> Loop:
+        """Make the loop for what is left of a run; of one that is over, for its end, which it may not have come to."""
         over = state.epoch >= num_epochs or (state.stop and state.batch_idx == 0)
         if over:
             print_beside_bars(f"the run is over after epoch {state.epoch}; nothing is trained")
@@ -463,9 +472,7 @@ class Trainer:
         running = copy.copy(self)
         run = Run(num_epochs, loaders.steps_per_epoch or length_of(loaders.train), Costs(self._events.seconds))
         object.__setattr__(running, "_run", run)
-        loop = Loop(running, self._events, self._programs, state, loaders, run)
-        state = loop.run()
-        return state, state.history
+        return Loop(running, self._events, self._programs, state, loaders, run)
 
     def _resumed(self, directory: str | os.PathLike[str], state: TrainState, train_loader: Any) -> TrainState:
         from ant_jax._resume import in_words, newest_sound, restored
@@ -592,7 +599,7 @@ def _initial(
     """What a model begins with: its own parameters and state, or those that are given, if they fit."""
     given = params, model_state
     if params is None and model_state is None:
-        return initialized(model, lambda init, *arguments: jax.jit(init)(*arguments), key, inputs)
+        return initialized(model, _called_compiled, key, inputs)
     shapes = initialized(model, jax.eval_shape, key, inputs)
     for name, expected, tree in zip(("params", "model_state"), shapes, given, strict=True):
         if tree is not None:
@@ -604,6 +611,12 @@ def _initial(
 
     made = jax.jit(missing)(key, inputs)
     return made[0] if params is None else params, made[1] if model_state is None else model_state
+
+
+def _called_compiled(init: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a model's init, compiled unless it only gives arrays that are there: a program would hold them once more."""
+    compiled = jax.jit(init)
+    return compiled(*arguments) if compiled.trace(*arguments).jaxpr.eqns else init(*arguments)
 
 
 def _check_arguments(trainer: Trainer) -> None:

@@ -1,5 +1,6 @@
 """Launches: how many, what they compile, what they copy, and that the host does not wait for them."""
 
+import weakref
 from typing import Any
 
 import jax
@@ -186,6 +187,41 @@ def test_a_run_whose_callbacks_keep_nothing_copies_nothing(monkeypatch):
     a_trainer.fit(state, batches(10), 3, batches(1))
     # The caller's own, before the first launch.
     assert len(copied) == len(jax.tree.leaves((state.step, state.params, state.opt_state)))
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_state_that_the_caller_does_not_keep_is_overwritten_in_place(monkeypatch, fuse):
+    copied: list[int] = []
+    monkeypatch.setattr(_live, "_copied", lambda leaf: copied.append(leaf.size))
+    a_trainer = trainer(look(1), optimizer=adam(), fuse=fuse)
+    states = [a_trainer.init(batches()[0])]
+    arrays = [weakref.ref(leaf) for leaf in jax.tree.leaves(states[0].params)]
+    state, _ = a_trainer.fit(states.pop(), batches(), 2, batches(1))
+    assert not copied and all(array() is None for array in arrays)
+    states = [state]
+    del state
+    a_trainer.fit(state=states.pop(), train_loader=batches(), num_epochs=3)
+    assert not copied
+
+
+def test_a_resumed_run_keeps_neither_the_state_that_it_was_given_nor_the_one_it_read(tmp_path, monkeypatch):
+    copied: list[int] = []
+    a_trainer = trainer(look(1), optimizer=adam())
+    a_trainer.save(tmp_path, a_trainer.fit(a_trainer.init(batches()[0]), batches(), 1)[0])
+    monkeypatch.setattr(_live, "_copied", lambda leaf: copied.append(leaf.size))
+    states = [a_trainer.init(batches()[0])]
+    arrays = [weakref.ref(leaf) for leaf in jax.tree.leaves(states[0].params)]
+    a_trainer.fit(states.pop(), batches(), 2, resume=tmp_path)
+    assert not copied and all(array() is None for array in arrays)
+
+
+def test_a_state_begins_with_the_arrays_that_a_model_has_and_not_with_copies():
+    params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+    a_trainer = trainer(model=(lambda key, inputs: (params, {}), LINEAR[1]))
+    state = a_trainer.init(batches()[0])
+    assert state.params["kernel"] is params["kernel"]
+    state, _ = a_trainer.fit(state, batches(), 1)
+    np.testing.assert_array_equal(params["kernel"], 1.0)
 
 
 def test_convolutions_on_a_cpu_are_not_put_into_a_loop(monkeypatch):
