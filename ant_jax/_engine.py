@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -104,7 +105,7 @@ class TrainProgram:
         logs: the logs that every step returns, as shapes and dtypes.
         may_stop: whether a traced hook can end a launch early.
         fused: see ``fuse``.
-        pace: how many steps a launch should have.
+        pace: how many steps a launch should have, in the run that began last.
     """
 
     def __init__(self, step: Step, part: DevicePart, key: jax.Array, batch: PyTree, fuse: Fuse):
@@ -124,6 +125,11 @@ class TrainProgram:
         self._by_hand = jax.jit(self._run_by_hand)
         self._one = jax.jit(self._run_alone, donate_argnums=0)
         self._many = jax.jit(self._run_many, donate_argnums=0)
+
+    def begin_pace(self) -> Pace:
+        """Return the pace of a run that begins, which other runs at the same time do not disturb."""
+        self.pace = pace = self.pace.of_next_run()
+        return pace
 
     def begin_epoch(self, window: Accumulator | None) -> tuple[LogSums, Accumulator | None]:
         """Return the sums and, made of any, the accumulation window that an epoch begins with."""
@@ -270,6 +276,8 @@ def _zeros(logs: tuple[tuple[str, jax.ShapeDtypeStruct], ...], window: Any) -> t
 class Programs:
     """The compiled programs of a trainer, one for each form of state and batch that it has met.
 
+    Several threads may use them at the same time; each program is made once.
+
     Args:
         step: what to compile.
         model: whose parameters states must have.
@@ -279,6 +287,7 @@ class Programs:
     def __init__(self, step: Step, model: PureModel, fuse: Fuse):
         self._step, self._model = step, model
         self._fuse: Fuse = fuse
+        self._making = threading.RLock()
         self._fitting: set[Any] = set()
         self._key: tuple[Any, Any] = (None, None)
         self._train: dict[tuple[Fuse, Any], TrainProgram] = {}
@@ -300,17 +309,13 @@ class Programs:
         if fuse == "auto" and decided is not None and decided[0] == jax.default_backend():
             fuse = decided[1]
         form = fuse, form_of((part, key, batch))
-        if form not in self._train:
-            self._step.check_batch(batch)
-            self.check_params(part.params, inputs_of(batch))
-            program = TrainProgram(self._step, part, key, batch, fuse)
-            self._train[form] = self._train.setdefault((program.fused, form[1]), program)
-        return self._train[form]
-
-    def begin_run(self) -> None:
-        """Forget the launches of earlier runs."""
-        for program in self._train.values():
-            program.pace.begin()
+        with self._making:
+            if form not in self._train:
+                self._step.check_batch(batch)
+                self.check_params(part.params, inputs_of(batch))
+                program = TrainProgram(self._step, part, key, batch, fuse)
+                self._train[form] = self._train.setdefault((program.fused, form[1]), program)
+            return self._train[form]
 
     def classes_of(self, params: PyTree, model_state: PyTree, batch: PyTree) -> int | None:
         """How many classes the targets of a batch choose from; ``None`` when they are no labels, or it is no pair."""
@@ -325,17 +330,21 @@ class Programs:
     def evaluation(self, state: TrainState, batch: PyTree) -> EvaluationProgram:
         """Return the evaluation program, in the same way."""
         key = form_of((state.params, state.model_state, batch))
-        if key not in self._evaluation:
-            self._step.check_batch(batch)
-            self.check_params(state.params, inputs_of(batch))
-            self._evaluation[key] = EvaluationProgram(self._step, state.params, state.model_state, batch, self._fuse)
-        return self._evaluation[key]
+        with self._making:
+            if key not in self._evaluation:
+                self._step.check_batch(batch)
+                self.check_params(state.params, inputs_of(batch))
+                program = EvaluationProgram(self._step, state.params, state.model_state, batch, self._fuse)
+                self._evaluation[key] = program
+            return self._evaluation[key]
 
     def key_data_of(self, key: jax.Array) -> jax.Array:
         """Return a key as plain numbers; those of the last key are kept, since a run has but one."""
-        if key is not self._key[0]:
-            self._key = key, jax.random.key_data(key)
-        return self._key[1]
+        known, data = self._key  # read once, since another thread may replace it
+        if key is not known:
+            data = jax.random.key_data(key)
+            self._key = key, data
+        return data
 
     def check_params(self, params: PyTree, inputs: PyTree) -> None:
         """Raise StateMismatch unless the model could have made these parameters for these inputs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
@@ -38,7 +39,8 @@ class Events:
         callbacks: the same, as a tuple.
         device_names: the callbacks whose memory lives on the device.
         watchers: the host callbacks that have batch hooks, each with those hooks by name.
-        seconds: how long each callback's hooks have taken on the host so far, by the callback's name.
+        seconds: how long each callback's hooks have taken on the host so far, by the callback's name; of the run alone,
+            where they are those of a run.
     """
 
     def __init__(self, callbacks: Iterable[Callback], trainer: Any):
@@ -59,6 +61,12 @@ class Events:
             hooks = {name: hook for name in BATCH_HOOKS for owner, hook in self._outside[name] if owner is callback}
             if hooks:
                 self.watchers.append((callback, hooks))
+
+    def of_run(self) -> Events:
+        """Return the same callbacks for one run, which counts ``seconds`` of its own."""
+        events = copy.copy(self)
+        events.seconds = dict.fromkeys(self.seconds, 0.0)
+        return events
 
     def step_hook(self, name: str, batch_idx: chex.Array, state: TrainState, *values: Any) -> tuple[Any, ...]:
         """Run a hook inside the step, over its traced callbacks.

@@ -61,7 +61,7 @@ from ant_jax._interrupt import TERMINATED, Interrupts
 from ant_jax._live import Live
 from ant_jax._logs import Logs
 from ant_jax._looks import Look
-from ant_jax._pace import LAUNCH_SECONDS
+from ant_jax._pace import LAUNCH_SECONDS, Pace
 from ant_jax._reader import Place, Reader
 from ant_jax._run import Run
 from ant_jax._state import HostFields, StateMismatch, TrainState, refuse_mismatch
@@ -114,6 +114,7 @@ class Loop:
         self._interrupts = Interrupts()
         self._deferred: tuple[Mapping[str, Any], Container[str]] | None = None
         self._looks: list[Look] = []
+        self._paces: dict[TrainProgram, Pace] = {}
 
     def run(self) -> TrainState:
         """Train to the end."""
@@ -140,7 +141,6 @@ class Loop:
 
     def _train(self) -> None:
         live = self._live
-        self._programs.begin_run()
         opening = self._hook("on_train_begin", None, {})
         closing: Mapping[str, Any] = {}
         while live.host.epoch < self._run.num_epochs and (not live.stop or live.host.batch_idx > 0):
@@ -258,6 +258,7 @@ class Loop:
         """Train on batches of one size; returns whether the epoch is over, and not only their size."""
         live, costs = self._live, self._run.costs
         costs.runs(program)
+        pace = self._paces.get(program) or self._paces.setdefault(program, program.begin_pace())
         intervals = [look.every for look in looks if look.every is not None and not isinstance(look.every, range)]
         ahead = self._loaders.prefetch
         rows = self._rows.setdefault(program, rows_of(feed, program.fused, intervals, ahead))
@@ -277,10 +278,10 @@ class Loop:
                 self._begin_looks(looks, cursor)
                 if self._resize():  # the looks that have begun stay open
                     return False
-                launch = program.launch(live, cursor, self._length(looks, program, cursor))
+                launch = program.launch(live, cursor, self._length(looks, program, pace, cursor))
                 if not cursor.remaining and (ahead is None or ahead > 1):
                     chunks.fetch()
-                program.pace.launched(launch.steps, launch.latest["loss"])
+                pace.launched(launch.steps, launch.latest["loss"])
                 self._place = None if chunk.places is None else chunk.places[cursor.row]
                 if self._end_looks(looks, cursor, launch):
                     self._run.whole = True
@@ -316,9 +317,9 @@ class Loop:
             return True
         return self._live.stop and cursor.batch_idx % self._window == 0
 
-    def _length(self, looks: list[Look], program: TrainProgram, cursor: Cursor) -> int:
+    def _length(self, looks: list[Look], program: TrainProgram, pace: Pace, cursor: Cursor) -> int:
         """How many batches to launch: to the next look or the end of the chunk, and no longer than the pace allows."""
-        length = min(cursor.remaining, program.pace.steps if program.fused else 1, self._live.steps_left)
+        length = min(cursor.remaining, pace.steps if program.fused else 1, self._live.steps_left)
         for look in looks:
             length = min(length, look.until_border(cursor.batch_idx) or length)
         for start, _ in self._live.host.batch_sizes:

@@ -42,22 +42,22 @@ class Pace:
 
     Args:
         step_bytes: of the batch of a step.
+        steps: to begin with.
 
     Attributes:
         steps: of the next launch, at most; found by doubling until they take ``LAUNCH_SECONDS``.
     """
 
-    def __init__(self, step_bytes: int):
-        self.steps = 1
+    def __init__(self, step_bytes: int, steps: int = 1):
+        self.steps, self._step_bytes = steps, step_bytes
         seconds, size = GROUPS.get(jax.default_backend(), OTHER_GROUPS)
         self._group, self._most_steps = seconds / LAUNCH_SECONDS, size / max(1, step_bytes)
         self._new_steps = 0
         self._under_way: collections.deque[_Group] = collections.deque()
 
-    def begin(self) -> None:
-        """Forget the launches of an earlier run, which may have failed since; what was learnt of the pace stays."""
-        self._new_steps = 0
-        self._under_way.clear()
+    def of_next_run(self) -> Pace:
+        """Return one for another run: it begins with what was learnt, and without launches, which may have failed."""
+        return Pace(self._step_bytes, self.steps)
 
     def launched(self, steps: int, log: jax.Array) -> None:
         """Note a launch of so many steps, and one of its logs.

@@ -22,7 +22,7 @@ class Costs:
     """What a run has cost so far; host hooks read it as ``trainer.costs``.
 
     Args:
-        hook_seconds: of the trainer, counted on by who calls the hooks.
+        hook_seconds: of the run, counted on by what calls the hooks.
 
     Attributes:
         data_seconds: that the host has spent in the training loader, and in handing its batches to the device. Some of
@@ -31,14 +31,14 @@ class Costs:
 
     def __init__(self, hook_seconds: Mapping[str, float]):
         self.data_seconds = 0.0
-        self._hook_seconds, self._before = hook_seconds, dict(hook_seconds)
+        self._hook_seconds = hook_seconds
         self._program: TrainProgram | None = None
         self._waiting_since: float | None = None
 
     @property
     def hook_seconds(self) -> dict[str, float]:
         """How long each callback's hooks have taken on the host, by the callback's name."""
-        return {name: seconds - self._before[name] for name, seconds in self._hook_seconds.items()}
+        return dict(self._hook_seconds)
 
     @property
     def flops_per_example(self) -> float | None:

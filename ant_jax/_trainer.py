@@ -156,6 +156,21 @@ class Trainer:
         for attribute, value in derived.items():
             object.__setattr__(self, attribute, value)
 
+    def __copy__(self) -> Trainer:
+        """Share all that is compiled."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what is made of the arguments behind: compiled programs and locks can be neither copied nor pickled."""
+        made = {field.name for field in dataclasses.fields(self) if not field.init}
+        return {attribute: value for attribute, value in vars(self).items() if attribute not in made}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
     @property
     def num_epochs(self) -> int:
         """The ``num_epochs`` of the ``fit`` that is running; for host hooks.
@@ -469,10 +484,10 @@ class Trainer:
             print_beside_bars(f"the run is over after epoch {state.epoch}; nothing is trained")
         epochs = 0 if over else num_epochs - state.epoch
         loaders.refuse_bad_lengths(epochs)
-        running = copy.copy(self)
-        run = Run(num_epochs, loaders.steps_per_epoch or length_of(loaders.train), Costs(self._events.seconds))
+        running, events = copy.copy(self), self._events.of_run()
+        run = Run(num_epochs, loaders.steps_per_epoch or length_of(loaders.train), Costs(events.seconds))
         object.__setattr__(running, "_run", run)
-        return Loop(running, self._events, self._programs, state, loaders, run)
+        return Loop(running, events, self._programs, state, loaders, run)
 
     def _resumed(self, directory: str | os.PathLike[str], state: TrainState, train_loader: Any) -> TrainState:
         from ant_jax._resume import in_words, newest_sound, restored
@@ -509,7 +524,8 @@ class Trainer:
             refuse_endless(loader, "loader", "steps")
         else:
             _check_count("steps", steps)
-        _, logs = evaluate(self, self._events, self._programs, state, loader, "loader", steps)
+        # A view of its own, by which callbacks tell it from the evaluations of a run in whose hook it may be.
+        _, logs = evaluate(copy.copy(self), self._events, self._programs, state, loader, "loader", steps)
         return {name: to_python(value) for name, value in logs.items()}
 
     def predict(self, state: TrainState, inputs: Any, *, batch_size: int = 256) -> Any:

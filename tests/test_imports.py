@@ -26,7 +26,7 @@ LAYERS = [
     {"_engine"},
     {"_beginning", "_looks", "_run"},
     {"_resume"},
-    {f"callbacks._{name}" for name in ("arguments", "averages", "background", "compile_time", "printing")},
+    {f"callbacks._{name}" for name in ("arguments", "averages", "background", "compile_time", "printing", "runs")},
     {"callbacks._measures", "callbacks._records"},
     {f"callbacks._{name}" for name in (
         "batch_size", "checkpoint", "combinators", "files", "freeze", "gradients", "guards", "log_progress", "plot",

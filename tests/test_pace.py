@@ -93,5 +93,5 @@ def test_a_run_does_not_wait_for_the_launches_of_one_that_failed(device):
 
     pace = Pace(0)
     pace.launched(1, Failed())  # type: ignore[arg-type]
-    pace.begin()
+    pace = pace.of_next_run()
     train(pace, device, 10)

@@ -21,6 +21,7 @@ from ant_jax.callbacks._arguments import (
     check_positive,
 )
 from ant_jax.callbacks._printing import print_beside_bars
+from ant_jax.callbacks._runs import PerRun
 
 
 def checkpoint(
@@ -50,8 +51,8 @@ def checkpoint(
     A save that fails ends the run, at the next save or look; ``tolerate(checkpoint(...))`` goes on instead.
 
     Args:
-        directory: where to; it is made, and locked while the run goes on. It may hold checkpoints of this run up to
-            where it goes on, and no later ones.
+        directory: where to; it is made, and locked while the run goes on, so a run at the same time, such as a ``fit``
+            in a hook, needs another one. It may hold checkpoints of this run up to where it goes on, and no later ones.
         every: also save every so many batches.
         every_epochs: save at the end of every so many epochs; ``None``: not there.
         every_seconds: also save when so many seconds have passed since the last save; not together with ``every``.
@@ -99,45 +100,45 @@ def checkpoint(
     check_flag("checkpoint", "save_last", save_last)
     check_flag("checkpoint", "allow_nonfinite", allow_nonfinite)
     check_function("checkpoint", "clock", clock)
-    opened: list[Any] = []  # the checkpointer of the run under way: a resource of the host, no part of the run's state
-    saved_at = [0.0]  # when, by the clock
+    runs: PerRun[_Saving] = PerRun(lambda run: run.checkpointer.close())
 
-    def checkpointer_of(trainer: Any, state: Any) -> Any:
-        """The checkpointer; opened when it is first asked for, since a combinator may leave out when the run begins."""
-        if not opened:
+    def saving_of(trainer: Any, state: Any) -> _Saving:
+        """What saves; opened when it is first asked for, since a combinator may leave out when the run begins."""
+        run = runs.of(trainer)
+        if run is None:
             options = {} if monitor is None else {"mode": mode, "keep_best": keep_best}
-            opened.append(trainer.checkpointer(directory, keep=keep, allow_nonfinite=allow_nonfinite, **options))
-            saved_at[0] = clock()
-            later = [step for step in opened[0].steps if step > state.total_steps]
+            checkpointer = trainer.checkpointer(directory, keep=keep, allow_nonfinite=allow_nonfinite, **options)
+            run = runs.open(trainer, _Saving(checkpointer, clock))
+            later = [step for step in checkpointer.steps if step > state.total_steps]
             if later:
-                close()
+                runs.close(trainer)
                 raise FileExistsError(
                     f"checkpoint: {os.fspath(directory)!r} holds checkpoints of steps {', '.join(map(str, later))}, "
                     f"and this run is at step {state.total_steps}; go on from them with fit(..., "
                     f"resume={os.fspath(directory)!r}), or choose another directory"
                 )
-        return opened[0]
+        return run
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        close()
-        checkpointer_of(trainer, state)
+        runs.close(trainer)
+        saving_of(trainer, state)
         return state, logs
 
     def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
         del batch_idx
-        checkpointer_of(trainer, state).poll()
+        saving_of(trainer, state).checkpointer.poll()
         return state, logs
 
     def on_checkpoint(trainer: Any, state: Any, logs: Any) -> Any:
-        checkpointer = checkpointer_of(trainer, state)
+        run = saving_of(trainer, state)
         at_epoch_end = state.batch_idx == 0
-        due = every_seconds is not None and clock() - saved_at[0] >= every_seconds
+        due = every_seconds is not None and clock() - run.saved_at >= every_seconds
         if at_epoch_end:
             due |= every_epochs is not None and state.epoch % every_epochs == 0
         else:
             due |= every is not None
         if due:
-            save(checkpointer, state, metric_in(logs) if at_epoch_end else None)
+            run.save(state, metric_in(logs) if at_epoch_end else None)
         return state, logs
 
     def metric_in(logs: Any) -> float | None:
@@ -147,31 +148,23 @@ def checkpoint(
             raise ValueError(f"checkpoint: monitor={monitor!r} is an array of shape {np.shape(logs[monitor])}")
         return float(logs[monitor])
 
-    def save(checkpointer: Any, state: Any, metric: Any = None) -> None:
-        if not checkpointer.has(state):  # where the run went on from, or ends, it may be there
-            checkpointer.save(state, metric)
-        saved_at[0] = clock()
-
-    def close() -> None:
-        while opened:
-            opened.pop().close()
-
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
         try:
             if save_last:
-                save(checkpointer_of(trainer, state), state)
+                saving_of(trainer, state).save(state)
         finally:
-            close()
+            runs.close(trainer)
         return state, logs
 
     def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
+        run = runs.of(trainer)
         try:
-            if save_last and opened and trainer.whole and not isinstance(exception, CheckpointError):
-                save(opened[0], state)
-                opened[0].wait()
+            if save_last and run is not None and trainer.whole and not isinstance(exception, CheckpointError):
+                run.save(state)
+                run.checkpointer.wait()
                 print_beside_bars(f"saved step {state.total_steps} in {os.fspath(directory)} ({exception!r})")
         finally:
-            close()
+            runs.close(trainer)
         return state, logs
 
     # A callback looks at batches when it has a batch hook, and on_checkpoint follows its looks.
@@ -186,3 +179,21 @@ def checkpoint(
         on_exception=on_exception,
         **looks,
     )
+
+
+class _Saving:
+    """What saves one run.
+
+    Attributes:
+        checkpointer: of its directory.
+        saved_at: when it last saved, or was opened, by the clock.
+    """
+
+    def __init__(self, checkpointer: Any, clock: Callable[[], float]):
+        self.checkpointer, self._clock, self.saved_at = checkpointer, clock, clock()
+
+    def save(self, state: Any, metric: float | None = None) -> None:
+        """Save a state, unless it is there, as where the run went on from, or ends."""
+        if not self.checkpointer.has(state):
+            self.checkpointer.save(state, metric)
+        self.saved_at = self._clock()

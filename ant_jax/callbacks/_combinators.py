@@ -27,6 +27,7 @@ from ant_jax._memories import Memories
 from ant_jax.callbacks._arguments import check_count, check_function
 from ant_jax.callbacks._averages import evaluated_in
 from ant_jax.callbacks._background import bearing
+from ant_jax.callbacks._runs import PerRun
 
 
 _logger = logging.getLogger("ant_jax")
@@ -234,32 +235,33 @@ def tolerate(callback: Callback, *, failures: int = 3) -> Callback:
         raise ValueError(
             f"tolerate: callback {callback.name!r} has hooks inside the step; only host callbacks can fail"
         )
-    failed = [0]  # in this run: a fact about this process, no part of the run
+    failed: PerRun[int] = PerRun()
 
-    def bear(hook_name: str, error: Exception) -> bool:
-        """Count a failure and say it; returns whether to go on."""
-        failed[0] += 1
-        count = f"failure {failed[0]} of {failures}; "
-        if failed[0] < failures:
+    def bear(hook_name: str, trainer: Any, error: Exception) -> bool:
+        """Count a failure of a run and say it; returns whether to go on."""
+        number = failed.open(trainer, (failed.of(trainer) or 0) + 1)
+        count = f"failure {number} of {failures}; "
+        if number < failures:
             outlook = count + "the run goes on"
         else:
-            outlook = count + "it is not called any more" if failed[0] == failures else "it had been given up on"
+            outlook = count + "it is not called any more" if number == failures else "it had been given up on"
         _logger.warning(
             "callback %r failed in %s (%s): %s: %s", callback.name, hook_name, outlook, type(error).__name__, error
         )
-        return failed[0] < failures
+        return number < failures
 
     def hook_of(hook_name: str, function: HookFn) -> HookFn:
         def hook(*arguments: Any) -> Any:
             place = len(arguments) - len(HOOKS[hook_name].values)
             lead, given = arguments[:place], arguments[place:]
-            if failed[0] >= failures and hook_name not in ("on_train_end", "on_exception"):
+            trainer = lead[-1]
+            if (failed.of(trainer) or 0) >= failures and hook_name not in ("on_train_end", "on_exception"):
                 return given
             try:
-                with bearing(functools.partial(bear, hook_name)):
+                with bearing(functools.partial(bear, hook_name, trainer)):
                     return _called(callback, hook_name, function, lead, given)
             except Exception as error:
-                bear(hook_name, error)
+                bear(hook_name, trainer, error)
                 return given
 
         return hook
@@ -268,7 +270,7 @@ def tolerate(callback: Callback, *, failures: int = 3) -> Callback:
     begin = wrapped.get("on_train_begin", lambda trainer, state, logs: (state, logs))
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        failed[0] = 0
+        failed.close(trainer)
         return begin(trainer, state, logs)
 
     return _wrapped(callback, {**wrapped, "on_train_begin": on_train_begin})

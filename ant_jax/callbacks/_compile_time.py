@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import jax
@@ -12,7 +13,9 @@ _EVENTS = "/jax/core/compile/"
 
 
 class CompileTime:
-    """Adds up how long JAX has traced, lowered and compiled since it was made, until ``stop``.
+    """Adds up how long JAX has traced, lowered and compiled in this thread since it was made, until ``stop``.
+
+    Another thread may compile for another run, at the same time.
 
     Attributes:
         seconds: so far.
@@ -20,6 +23,7 @@ class CompileTime:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self._thread = threading.get_ident()
         self._spans: list[tuple[float, float]] = []  # those that a later, longer one may yet contain
         jax.monitoring.register_event_duration_secs_listener(self._add)
 
@@ -29,7 +33,7 @@ class CompileTime:
 
     def _add(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         del kwargs
-        if not event.startswith(_EVENTS):
+        if not event.startswith(_EVENTS) or threading.get_ident() != self._thread:
             return
         end = time.perf_counter()
         begin = end - duration_secs

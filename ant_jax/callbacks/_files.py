@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import itertools
 import json
@@ -18,6 +19,7 @@ from ant_jax._callback import Callback
 from ant_jax.callbacks._arguments import check_path, refuse_taken
 from ant_jax.callbacks._background import replacing
 from ant_jax.callbacks._records import recording
+from ant_jax.callbacks._runs import Claim
 
 
 def csv_log(path: str | os.PathLike[str], *, every: int | None = None, name: str = "csv_log") -> Callback:
@@ -27,7 +29,9 @@ def csv_log(path: str | os.PathLike[str], *, every: int | None = None, name: str
     on drops the rows of what it does again, and one that was torn when a process was killed, so the file ends like that
     of a run that was not interrupted; a run from step 0 begins the file anew. A log that appears later gets a column
     then. Arrays are left out. With ``every``, where a callback listed before this one raises in ``on_batch_end``, this
-    one is not told of the batch, so a run that goes on from the exception's ``train_state`` has no row of it.
+    one is not told of the batch, so a run that goes on from the exception's ``train_state`` has no row of it. A run
+    that begins while another one of this process writes the file, such as a ``fit`` in a hook of that one, writes
+    another file beside it, ``digits-2.csv`` for ``digits.csv``, and says so (logger ``ant_jax``, a warning).
 
     Args:
         path: of the file; its directory is made.
@@ -45,7 +49,7 @@ def csv_log(path: str | os.PathLike[str], *, every: int | None = None, name: str
     Callback(name='csv_log', hooks=on_train_begin, on_epoch_end, on_train_end, on_exception)
     """
     check_path("csv_log", "path", path, file=True)
-    return recording("csv_log", name, _Table(pathlib.Path(path)), every, epochs=every is None)
+    return recording("csv_log", name, functools.partial(_Table, pathlib.Path(path)), every, epochs=every is None)
 
 
 def json_log(path: str | os.PathLike[str], *, every: int | None = None, name: str = "json_log") -> Callback:
@@ -53,7 +57,8 @@ def json_log(path: str | os.PathLike[str], *, every: int | None = None, name: st
 
     On the host; the file is written in the background, and every line is there as soon as it is written. A run that
     goes on drops the lines of what it does again, as in :func:`csv_log`, and lacks the line of a batch in whose
-    ``on_batch_end`` a callback listed before this one raised. What is not finite is ``null``, an array a list.
+    ``on_batch_end`` a callback listed before this one raised. Runs at the same time write files of their own, as there,
+    too. What is not finite is ``null``, an array a list.
 
     Args:
         path: of the file; its directory is made.
@@ -71,23 +76,41 @@ def json_log(path: str | os.PathLike[str], *, every: int | None = None, name: st
     Callback(name='json_log', hooks=on_train_begin, on_batch_end, on_epoch_end, on_train_end, on_exception)
     """
     check_path("json_log", "path", path, file=True)
-    return recording("json_log", name, _Lines(pathlib.Path(path)), every)
+    return recording("json_log", name, functools.partial(_Lines, pathlib.Path(path)), every)
 
 
 class _File:
-    """A text file of rows, ``{"epoch": ..., "step": ..., ...}``, kept in a format that is up to the subclass."""
+    """A text file of rows, ``{"epoch": ..., "step": ..., ...}``, kept in a format that is up to the subclass.
+
+    Attributes:
+        owner: the factory, for errors.
+    """
+
+    owner: str
 
     def __init__(self, path: pathlib.Path):
         self._path = path
         self._file: TextIO | None = None
 
     def open(self, memory: Any, epoch: int, step: int) -> Any:
-        rows = self._read() if step else []
-        self._put([row for row in rows if _is_behind(row, epoch, step)])
+        self._claim = Claim(self.owner, os.fspath(self._path), self._path.suffix)
+        self._path = pathlib.Path(self._claim.path)
+        try:
+            rows = self._read() if step else []
+            self._put([row for row in rows if _is_behind(row, epoch, step)])
+        except BaseException:
+            self._claim.release()
+            raise
         return memory
 
     def close(self, error: BaseException | None) -> None:
         del error
+        try:
+            self._close_file()
+        finally:
+            self._claim.release()
+
+    def _close_file(self) -> None:
         file, self._file = self._file, None  # also where closing fails
         if file is not None:
             file.close()
@@ -99,7 +122,7 @@ class _File:
 
     def _put(self, rows: list[dict[str, Any]]) -> None:
         """Make a file of these rows in the place of the one there is, at once or not at all."""
-        self.close(None)
+        self._close_file()
         with replacing(self._path) as beside:
             beside.write_text(self._as_text(rows), encoding="utf-8", newline="")
 
@@ -119,8 +142,10 @@ class _File:
 class _Lines(_File):
     """JSON lines."""
 
+    owner = "json_log"
+
     def write(self, record: Mapping[str, Any], epoch: int, step: int) -> None:
-        refuse_taken("json_log", record, "epoch", "step")
+        refuse_taken(self.owner, record, "epoch", "step")
         values = {log: _plain(np.asarray(value).tolist()) for log, value in record.items()}
         self._append(self._as_text([{"epoch": epoch, "step": step, **values}]))
 
@@ -134,12 +159,14 @@ class _Lines(_File):
 class _Table(_File):
     """Comma-separated values. A row has no entry where its cell is empty."""
 
+    owner = "csv_log"
+
     def __init__(self, path: pathlib.Path):
         super().__init__(path)
         self._columns: list[str] = []
 
     def write(self, record: Mapping[str, Any], epoch: int, step: int) -> None:
-        refuse_taken("csv_log", record, "epoch", "step")
+        refuse_taken(self.owner, record, "epoch", "step")
         row = {"epoch": epoch, "step": step, **{log: value for log, value in record.items() if np.ndim(value) == 0}}
         if row.keys() <= set(self._columns):
             self._append(_as_csv(self._columns, [row]))

@@ -14,6 +14,7 @@ from ant_jax._callback import Callback
 from ant_jax._history import to_python
 from ant_jax.callbacks._arguments import check_count, check_function
 from ant_jax.callbacks._printing import print_beside_bars
+from ant_jax.callbacks._runs import PerRun
 
 
 # A shorter epoch ends without waiting for the device; by how little it is ahead, the next one begins too early.
@@ -52,55 +53,66 @@ def log_progress(
     every = check_count("log_progress", "every", every, unit="batches")
     check_function("log_progress", "printer", printer, "line", optional=True)
     check_function("log_progress", "clock", clock)
-    # No part of the run's state, so no memory keeps them.
-    lines = _Lines(printer or print_beside_bars)
-    batches = [_Batches(every, clock)]  # those of the epoch under way
+    runs: PerRun[_Report] = PerRun()
+
+    def report_of(trainer: Any, done: int = 0) -> _Report:
+        # A combinator may have left out the beginning of the run.
+        return runs.of(trainer) or runs.open(trainer, _Report(printer or print_beside_bars, every, clock, done))
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        batches[0] = _Batches(every, clock, state.batch_idx)
+        runs.close(trainer)
+        report_of(trainer, state.batch_idx)
         return state, logs
 
     def on_epoch_begin(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
-        batches[0] = _Batches(every, clock)
+        report = report_of(trainer)
+        report.begin_epoch()
         text = f"epoch {epoch + 1}/{trainer.num_epochs}"
-        lines.add(lambda: [text], logs)
+        report.lines.add(lambda: [text], logs)
         return state, logs
 
     def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
         del batch_idx
-        lines.catch_up()  # what was launched before the last look has run by now
+        report = report_of(trainer)
+        report.lines.catch_up()  # what was launched before the last look has run by now
         total = f"/{trainer.steps_per_epoch}" if trainer.steps_per_epoch else ""
-        lines.add(functools.partial(batches[0].lines, logs, total), logs)
+        report.lines.add(functools.partial(report.batches.lines, logs, total), logs)
         return state, logs
 
     def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        if batches[0].seconds() > SHORT_SECONDS:
-            lines.catch_up()
-        lines.add(batches[0].finished(), logs)
+        report = runs.of(trainer)
+        if report is not None:  # there is none when Trainer.evaluate is called by itself
+            if report.batches.seconds() > SHORT_SECONDS:
+                report.lines.catch_up()
+            report.lines.add(report.batches.finished(), logs)
         return state, logs
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        report = report_of(trainer)
+        lines, batches = report.lines, report.batches
         more = epoch + 1 < trainer.num_epochs and not state.stop
-        if not more or batches[0].seconds() > SHORT_SECONDS:
+        if not more or batches.seconds() > SHORT_SECONDS:
             lines.catch_up()  # so that what is measured is the device's time, and not only the host's
-        lines.add(batches[0].finished(), {})
-        place, seconds = f"epoch {epoch + 1}/{trainer.num_epochs}", batches[0].seconds()
+        lines.add(batches.finished(), {})
+        place, seconds = f"epoch {epoch + 1}/{trainer.num_epochs}", batches.seconds()
         lines.add(lambda: [f"{place} took {seconds:.2f} s: {_in_words(logs)}"], logs)
         return state, logs
 
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
+        lines = report_of(trainer).lines
         lines.catch_up()
         if state.stop:
             text = f"stopped after epoch {state.epoch} of {trainer.num_epochs}, as a callback asked"
             lines.add(lambda: [text], {})
+        runs.close(trainer)
         return state, logs
 
     def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
-        del exception, trainer
-        lines.add(batches[0].finished(), {})
-        lines.catch_up()
+        del exception
+        report = runs.take(trainer)
+        if report is not None:
+            report.lines.add(report.batches.finished(), {})
+            report.lines.catch_up()
         return state, logs
 
     return Callback(
@@ -114,6 +126,22 @@ def log_progress(
         on_train_end=on_train_end,
         on_exception=on_exception,
     )
+
+
+class _Report:
+    """What a run prints, which goes on in an epoch of which so many batches are done.
+
+    Attributes:
+        lines: where to.
+        batches: those of the epoch under way.
+    """
+
+    def __init__(self, printer: Callable[[str], Any], every: int, clock: Callable[[], float], done: int):
+        self.lines, self._every, self._clock = _Lines(printer), every, clock
+        self.batches = _Batches(every, clock, done)
+
+    def begin_epoch(self) -> None:
+        self.batches = _Batches(self._every, self._clock)
 
 
 class _Lines:

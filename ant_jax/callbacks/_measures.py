@@ -14,6 +14,7 @@ import jax
 from ant_jax._callback import Callback
 from ant_jax.callbacks._arguments import check_function, check_positive
 from ant_jax.callbacks._compile_time import CompileTime
+from ant_jax.callbacks._runs import PerRun
 
 
 # Dense bfloat16 operations per second (float16, of V100 and T4) of one JAX device, from the makers' data sheets; of a
@@ -78,35 +79,37 @@ on_exception)
     if peak_flops is not None:
         check_positive("throughput", "peak_flops", peak_flops)
     check_function("throughput", "clock", clock)
-    meters: list[_Meter] = []  # of the run under way: a resource of the host, no part of the run's state
+    meters: PerRun[_Meter] = PerRun(lambda meter: meter.compiling.stop())
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        close()
-        meters.append(_Meter(clock, state))
+        meters.close(trainer)
+        meters.open(trainer, _Meter(clock, state))
         return state, logs
 
     def on_epoch_begin(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
-        del epoch, trainer
-        if meters:
-            meters[0].begin(state)
+        del epoch
+        meter = meters.of(trainer)
+        if meter is not None:
+            meter.begin(state)
         else:  # a combinator has left out the beginning of the run
-            meters.append(_Meter(clock, state))
+            meters.open(trainer, _Meter(clock, state))
         return state, logs
 
-    def of_epoch(state: Any) -> list[_Meter]:
+    def of_epoch(trainer: Any, state: Any) -> _Meter | None:
         """The meter, unless it has not seen this epoch begin."""
-        return [meter for meter in meters if meter.epoch == state.epoch]
+        meter = meters.of(trainer)
+        return meter if meter is not None and meter.epoch == state.epoch else None
 
     def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        for meter in of_epoch(state):
+        meter = of_epoch(trainer, state)
+        if meter is not None:
             meter.end(state)
         return state, logs
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         del epoch
-        for meter in of_epoch(state):
+        meter = of_epoch(trainer, state)
+        if meter is not None:
             meter.end(state)
             jax.block_until_ready([*logs.values()])  # or what is left of the evaluation would count in the next epoch
             logs = {**logs, "examples_per_second": meter.rate}
@@ -117,18 +120,13 @@ on_exception)
                 logs["mfu"] = meter.rate * flops / peak
         return state, logs
 
-    def close() -> None:
-        while meters:
-            meters.pop().compiling.stop()
-
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        close()
+        meters.close(trainer)
         return state, logs
 
     def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
-        del exception, trainer
-        close()
+        del exception
+        meters.close(trainer)
         return state, logs
 
     return Callback(

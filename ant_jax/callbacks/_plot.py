@@ -11,6 +11,7 @@ from ant_jax._callback import Callback
 from ant_jax._history import History
 from ant_jax.callbacks._arguments import check_name, check_path, refuse, require
 from ant_jax.callbacks._background import Writer, replacing
+from ant_jax.callbacks._runs import Claim, PerRun
 
 
 _drawing = threading.Lock()  # matplotlib does not promise to draw in two threads at once
@@ -20,7 +21,9 @@ def plot_history(path: str | os.PathLike[str], *names: str, name: str = "plot_hi
     """Draw the history after every epoch, as a file that can be watched.
 
     On the host, drawn in the background by matplotlib; the file is replaced at once, so that a viewer never sees half
-    of it. Where epochs pass faster than they are drawn, some pictures are left out, never the last one.
+    of it. Where epochs pass faster than they are drawn, some pictures are left out, never the last one. A run that
+    begins while another one of this process draws the file draws another one beside it, ``digits-2.png`` for
+    ``digits.png``, and says so (logger ``ant_jax``, a warning).
 
     Args:
         path: of the picture; the suffix says which format. Its directory is made.
@@ -42,25 +45,42 @@ def plot_history(path: str | os.PathLike[str], *names: str, name: str = "plot_hi
     check_path("plot_history", "path", path, file=True)
     for number, log in enumerate(names):
         check_name("plot_history", f"names[{number}]", log)
-    target, writer = pathlib.Path(path), Writer()
+    target = pathlib.Path(path)
     _check_suffix(target)
+    pictures: PerRun[_Picture] = PerRun(lambda picture: picture.close())
 
     def on_checkpoint(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        writer.replace(_draw, state.history, names, target)
+        picture = pictures.of(trainer) or pictures.open(trainer, _Picture(target, names))
+        picture.draw(state.history)
         return state, logs
 
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        writer.drain()
+        pictures.close(trainer)
         return state, logs
 
     def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
-        del exception, trainer
-        writer.drain()
+        del exception
+        pictures.close(trainer)
         return state, logs
 
     return Callback(name=name, on_checkpoint=on_checkpoint, on_train_end=on_train_end, on_exception=on_exception)
+
+
+class _Picture:
+    """The picture of one run."""
+
+    def __init__(self, path: pathlib.Path, names: tuple[str, ...]):
+        self._claim = Claim("plot_history", os.fspath(path), path.suffix)
+        self._names, self._writer = names, Writer()
+
+    def draw(self, history: History) -> None:
+        self._writer.replace(_draw, history, self._names, pathlib.Path(self._claim.path))
+
+    def close(self) -> None:
+        try:
+            self._writer.drain()
+        finally:
+            self._claim.release()
 
 
 def _check_suffix(path: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +17,12 @@ from ant_jax.callbacks._arguments import check_count, check_function, check_path
 from ant_jax.callbacks._compile_time import CompileTime
 from ant_jax.callbacks._measures import memory_in_gib
 from ant_jax.callbacks._printing import print_beside_bars
+from ant_jax.callbacks._runs import PerRun
 
 
 _logger = logging.getLogger("ant_jax")
+
+_beginning = threading.Lock()
 
 
 def profile(
@@ -27,7 +31,8 @@ def profile(
     """Trace chosen steps with ``jax.profiler``, to look at with XProf, TensorBoard or Perfetto.
 
     On the host, once an epoch at those batches. It waits for the device before and after the steps, so that the trace
-    has these and no others; writing it holds up the loop.
+    has these and no others; writing it holds up the loop. A run that comes to its steps while another one of this
+    trainer is traced, in a thread or around it, is not traced, and says so.
 
     Args:
         directory: where the trace goes; it is made.
@@ -41,7 +46,7 @@ def profile(
 
     Raises:
         ValueError: ``directory`` is no path, or a number is out of range.
-        RuntimeError: at the steps, when somebody else is tracing already.
+        RuntimeError: at the steps, when something else than this callback is tracing already.
 
     >>> profile("runs/digits", start=20, steps=5).every
     range(20, 25)
@@ -50,57 +55,72 @@ def profile(
     start = check_count("profile", "start", start, least=0, unit="batches")
     steps = check_count("profile", "steps", steps, unit="batches")
     epoch = check_count("profile", "epoch", epoch, least=0)
-    traces: list[str] = []  # the one under way: a resource of the host, no part of the run's state
-    done: list[bool] = [False]  # in this run
-
-    def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        done[0] = False
-        return state, logs
+    traces: PerRun[_Trace] = PerRun(lambda trace: trace.stop())
 
     def on_batch_begin(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
-        del batch_idx, trainer
+        del batch_idx
         if state.epoch == epoch:
-            close()  # of a run whose last hooks a combinator has left out
+            traces.close(trainer)
             jax.block_until_ready(state.params)
-            jax.profiler.start_trace(os.fspath(directory))
-            traces.append(os.fspath(directory))
+            _begin_trace(traces, trainer, os.fspath(directory))
         return state, logs
 
     def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
-        del batch_idx, trainer
-        if traces:
+        del batch_idx
+        trace = traces.of(trainer)
+        if trace is not None:
             jax.block_until_ready(state.params)
-            close()
+            trace.stop()
         return state, logs
 
-    def close() -> None:
-        while traces:
-            traces.pop()
-            jax.profiler.stop_trace()
-            done[0] = True
-
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        close()  # where a combinator has left out the end of the steps
-        if not done[0]:
+        trace = traces.take(trainer)
+        if trace is None:
             _logger.warning("profile: nothing was traced: this run had no batch %d in epoch %d", start, epoch)
+        else:
+            trace.stop()  # where a combinator has left out the end of the steps
         return state, logs
 
     def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
-        del exception, trainer
-        close()
+        del exception
+        traces.close(trainer)
         return state, logs
 
     return Callback(
         name=name,
         every=range(start, start + steps),
-        on_train_begin=on_train_begin,
         on_batch_begin=on_batch_begin,
         on_batch_end=on_batch_end,
         on_train_end=on_train_end,
         on_exception=on_exception,
     )
+
+
+def _begin_trace(traces: PerRun[_Trace], trainer: Any, directory: str) -> None:
+    with _beginning:
+        others = any(trace.under_way for trace in traces.values())  # JAX has one trace at a time
+        traces.open(trainer, _Trace(None if others else directory))
+
+
+class _Trace:
+    """JAX's trace of the steps of a run; none without a directory, which says so.
+
+    Attributes:
+        under_way: whether it goes on.
+    """
+
+    def __init__(self, directory: str | None):
+        self.under_way = directory is not None
+        if directory is None:
+            _logger.warning("profile: nothing was traced: another run of this trainer was traced at the time")
+        else:
+            jax.profiler.start_trace(directory)
+
+    def stop(self) -> None:
+        """Stop it, if it has not been stopped."""
+        if self.under_way:
+            jax.profiler.stop_trace()
+            self.under_way = False
 
 
 def profile_steps(
@@ -138,51 +158,55 @@ def profile_steps(
     every = check_count("profile_steps", "every", every, unit="batches", optional=True)
     check_function("profile_steps", "printer", printer, "line", optional=True)
     check_function("profile_steps", "clock", clock)
-    tables: list[_Table] = []  # of the run under way: a resource of the host, no part of the run's state
+    tables: PerRun[_Table] = PerRun(lambda table: table.compiling.stop())
 
     def begin(trainer: Any, state: Any) -> None:
         jax.block_until_ready(state.params)
-        tables.append(_Table(name, clock, printer or print_beside_bars, trainer, state))
+        tables.open(trainer, _Table(name, clock, printer or print_beside_bars, trainer.num_epochs, state))
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        finish(None)
+        tables.close(trainer)
         begin(trainer, state)
         return state, logs
 
     def on_epoch_begin(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         del epoch
-        if tables and tables[0].trainer is trainer:
-            tables[0].begin_epoch(state)
+        table = tables.of(trainer)
+        if table is not None:
+            table.begin_epoch(state)
         else:  # a combinator has left out the beginning of the run
-            finish(None)
             begin(trainer, state)
         return state, logs
 
-    def of_epoch(state: Any) -> list[_Table]:
+    def of_epoch(trainer: Any, state: Any) -> _Table | None:
         """The table, unless it has not seen this epoch begin."""
-        return [table for table in tables if table.epoch == state.epoch]
+        table = tables.of(trainer)
+        return table if table is not None and table.epoch == state.epoch else None
 
     def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        for table in of_epoch(state):
+        table = of_epoch(trainer, state)
+        if table is not None:
             table.look(batch_idx + 1, logs)
         return state, logs
 
     def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        for table in of_epoch(state):
+        table = of_epoch(trainer, state)
+        if table is not None:
             table.end_batches(state)
         return state, logs
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         del epoch
-        for table in of_epoch(state):
+        table = of_epoch(trainer, state)
+        if table is not None:
             table.end_epoch(state, logs)
         return state, logs
 
     def finish(trainer: Any) -> None:
-        while tables:
-            tables.pop().finish(trainer)
+        table = tables.of(trainer)
+        if table is not None:
+            tables.close(trainer)
+            table.finish(trainer.costs)
 
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
         finish(trainer)
@@ -209,23 +233,23 @@ def profile_steps(
 class _Table:
     """The times of one run."""
 
-    def __init__(self, name: str, clock: Callable[[], float], printer: Callable[[str], Any], trainer: Any, state: Any):
-        self._name, self._clock, self._print, self.trainer = name, clock, printer, trainer
-        self._compiling = CompileTime()
+    def __init__(self, name: str, clock: Callable[[], float], printer: Callable[[str], Any], epochs: int, state: Any):
+        self._name, self._clock, self._print, self._num_epochs = name, clock, printer, epochs
+        self.compiling = CompileTime()
         self._began, self._epochs, self._batches = clock(), 0, 0
         self._training = self._evaluating = 0.0
         self._spans: list[float] = []  # seconds a batch, between looks
         self.begin_epoch(state)
 
     def begin_epoch(self, state: Any) -> None:
-        self._epoch_began, self._mark, self._compiled = self._clock(), self._clock(), self._compiling.seconds
+        self._epoch_began, self._mark, self._compiled = self._clock(), self._clock(), self.compiling.seconds
         self.epoch, self._first, self._trained = state.epoch, state.batch_idx, None
         self._look_began, self._looked_at, self._look_compiled = self._mark, state.batch_idx, self._compiled
 
     def look(self, batches_done: int, logs: Any) -> None:
         """End a span of batches."""
         jax.block_until_ready(logs["loss"])
-        now, compiled = self._clock(), self._compiling.seconds
+        now, compiled = self._clock(), self.compiling.seconds
         seconds = now - self._look_began - (compiled - self._look_compiled)
         self._spans.append(max(seconds, 0.0) / (batches_done - self._looked_at))
         self._look_began, self._looked_at, self._look_compiled = now, batches_done, compiled
@@ -247,16 +271,12 @@ class _Table:
         seconds, trained = self._clock() - self._epoch_began, self._trained or 0.0
         each = _per_batch(trained, state.batch_idx - self._first)
         self._print(
-            f"{self._name}: epoch {state.epoch + 1}/{self.trainer.num_epochs} took {seconds:.2f} s: "
+            f"{self._name}: epoch {state.epoch + 1}/{self._num_epochs} took {seconds:.2f} s: "
             f"training {trained:.2f} s, {each}; evaluation {evaluated:.2f} s"
         )
 
-    def finish(self, trainer: Any) -> None:
-        """Print the table, unless the run that it is of is gone."""
-        self._compiling.stop()
-        if trainer is None:
-            return
-        costs = trainer.costs
+    def finish(self, costs: Any) -> None:
+        """Print the table."""
         hooks = {name: seconds for name, seconds in costs.hook_seconds.items() if name != self._name}
         slowest = sorted(hooks.items(), key=lambda item: -item[1])
         spans = ""
@@ -265,7 +285,7 @@ class _Table:
             spans = f"; of {len(self._spans)} spans median {median:.3g} ms, longest {longest:.3g} ms"
         rows = {
             "in all": f"{self._clock() - self._began:.2f} s, {self._epochs} epochs",
-            "compiling": f"{self._compiling.seconds:.2f} s",
+            "compiling": f"{self.compiling.seconds:.2f} s",
             "training": f"{self._training:.2f} s, {_per_batch(self._training, self._batches)}{spans}",
             "evaluation": f"{self._evaluating:.2f} s",
             "data": f"{costs.data_seconds:.2f} s, some of it while the device computes",
@@ -278,7 +298,7 @@ class _Table:
 
     def _since_mark(self) -> float:
         """Seconds since the last mark, without compilation; makes a new mark."""
-        now, compiled = self._clock(), self._compiling.seconds
+        now, compiled = self._clock(), self.compiling.seconds
         seconds = now - self._mark - (compiled - self._compiled)
         self._mark, self._compiled = now, compiled
         return max(seconds, 0.0)

@@ -12,6 +12,7 @@ import numpy as np
 from ant_jax._callback import Callback
 from ant_jax._history import to_python
 from ant_jax.callbacks._arguments import check_function, refuse
+from ant_jax.callbacks._runs import PerRun
 
 
 # Seconds between two drawings: of a bar on a screen, and of a line in a file or a pipe.
@@ -47,15 +48,14 @@ def progress_bar(
     if file is not None and not all(callable(getattr(file, use, None)) for use in ("write", "flush", "isatty")):
         refuse("progress_bar", "file", "an open text file, or None", file)
     check_function("progress_bar", "clock", clock)
-    bars: list[_Bar] = []  # the bar of the run under way: a resource of the host, no part of the run's state
+    bars: PerRun[_Bar] = PerRun(lambda bar: bar.close())
 
     def bar_of(trainer: Any, state: Any) -> _Bar:
-        if not bars:  # a combinator has left out the beginning of the run
-            bars.append(_Bar(file or sys.stderr, clock, trainer, state))
-        return bars[0]
+        # A combinator may have left out the beginning of the run.
+        return bars.of(trainer) or bars.open(trainer, _Bar(file or sys.stderr, clock, trainer, state))
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        bars.clear()
+        bars.close(trainer)
         bar_of(trainer, state)
         return state, logs
 
@@ -64,9 +64,9 @@ def progress_bar(
         return state, logs
 
     def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        if bars:  # there is none when Trainer.evaluate is called by itself
-            bars[0].evaluating()
+        bar = bars.of(trainer)
+        if bar is not None:  # there is none when Trainer.evaluate is called by itself
+            bar.evaluating()
         return state, logs
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
@@ -75,15 +75,12 @@ def progress_bar(
         return state, logs
 
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        while bars:
-            bars.pop().close()
+        bars.close(trainer)
         return state, logs
 
     def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
-        del exception, trainer
-        while bars:
-            bars.pop().close()
+        del exception
+        bars.close(trainer)
         return state, logs
 
     return Callback(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ from ant_jax._callback import Callback
 from ant_jax._history import to_python
 from ant_jax.callbacks._arguments import check_count
 from ant_jax.callbacks._background import Writer
+from ant_jax.callbacks._runs import PerRun
 
 
 class Sink(Protocol):
@@ -35,74 +36,64 @@ class Sink(Protocol):
 
 
 def recording(
-    owner: str, name: str, sink: Sink, every: int | None, memory: Any = None, epochs: bool = True
+    owner: str, name: str, make_sink: Callable[[], Sink], every: int | None, memory: Any = None, epochs: bool = True
 ) -> Callback:
     """Make a callback that hands records to a sink.
 
     Args:
         owner: the factory, for errors.
         name: of the callback.
-        sink: what writes.
+        make_sink: makes what writes, for each run.
         every: a record of the mean over every so many batches; ``None``: none of batches.
         memory: what the callback remembers before ``sink.open`` says more; ``None``: nothing.
         epochs: whether there is a record of every epoch.
     """
     every = check_count(owner, "every", every, unit="batches", optional=True)
-    writer = Writer()  # one for all runs, so that nothing of a run comes before the last task of one interrupted
-    runs: list[_Run] = []  # the run under way: a resource of the host, no part of the run's state
+    runs: PerRun[_Run] = PerRun(lambda run: run.end(None))
 
-    def begin(trainer: Any, state: Any, untold: int = 0) -> Any:
-        end(None)  # a run whose last hooks this callback has not seen, such as inside `when`
-        run = _Run(trainer, state)
-        remembered = sink.open(state.callback_states.get(name), state.epoch, run.step(state) - untold)
-        runs.append(run)
-        return state if memory is None else state.with_callback_state(name, remembered)
-
-    def under_way(trainer: Any, state: Any, untold: int = 0) -> Any:
-        """Begin now what could not be opened, when that was borne, or whose opening hook was left out.
+    def begun(trainer: Any, state: Any, untold: int = 0) -> tuple[_Run, Any]:
+        """Begin a run; returns it and the state, with what the sink remembers.
 
         The last ``untold`` batches have no record yet.
         """
-        return state if runs and runs[0].trainer is trainer else begin(trainer, state, untold)
+        runs.close(trainer)
+        run = _Run(make_sink(), state)
+        remembered = run.sink.open(state.callback_states.get(name), state.epoch, run.step(state) - untold)
+        runs.open(trainer, run)
+        return run, state if memory is None else state.with_callback_state(name, remembered)
 
-    def end(error: BaseException | None) -> None:
-        if not runs:
-            return
-        try:
-            runs.pop()
-            writer.drain()
-        except BaseException as failure:
-            error = error or failure
-            raise
-        finally:
-            sink.close(error)
+    def under_way(trainer: Any, state: Any, untold: int = 0) -> tuple[_Run, Any]:
+        """Begin now what could not be opened, when that was borne, or whose opening hook was left out."""
+        run = runs.of(trainer)
+        return begun(trainer, state, untold) if run is None else (run, state)
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        return begin(trainer, state), logs
+        _, state = begun(trainer, state)
+        return state, logs
 
     def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
         del batch_idx
-        state = under_way(trainer, state, untold=1)
+        run, state = under_way(trainer, state, untold=1)
         # The task must not refer to the state: the trainer would copy it instead of overwriting it.
-        epoch, step = state.epoch, runs[0].step(state)
-        writer.submit(lambda: sink.write(_means(logs.window), epoch, step))
+        epoch, step = state.epoch, run.step(state)
+        run.writer.submit(lambda: run.sink.write(_means(logs.window), epoch, step))
         return state, logs
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
-        state = under_way(trainer, state)
-        step = runs[0].end_epoch(state)
+        run, state = under_way(trainer, state)
+        step = run.end_epoch(state)
         if epochs:
-            writer.submit(lambda: sink.write({log: to_python(logs[log]) for log in logs}, epoch, step))
+            run.writer.submit(lambda: run.sink.write({log: to_python(logs[log]) for log in logs}, epoch, step))
         return state, logs
 
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        end(None)
+        runs.close(trainer)
         return state, logs
 
     def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
-        del trainer
-        end(exception)
+        run = runs.take(trainer)
+        if run is not None:
+            run.end(exception)
         return state, logs
 
     looks: dict[str, Any] = {} if every is None else {"every": every, "on_batch_end": on_batch_end}
@@ -121,13 +112,27 @@ class _Run:
     """One run, and how far it is, counted on the host so that no record waits for the device.
 
     Args:
-        trainer: of its hooks, by which the run is told from another.
+        sink: of the run alone.
         state: to begin with.
+
+    Attributes:
+        sink: the same.
+        writer: the queue of what it is to write.
     """
 
-    def __init__(self, trainer: Any, state: Any):
-        self.trainer = trainer
+    def __init__(self, sink: Sink, state: Any):
+        self.sink, self.writer = sink, Writer()
         self._find(state)
+
+    def end(self, error: BaseException | None) -> None:
+        """Wait for what is still to be written; ``error`` is what ended the run, if anything did."""
+        try:
+            self.writer.drain()
+        except BaseException as failure:
+            error = error or failure
+            raise
+        finally:
+            self.sink.close(error)
 
     def _find(self, state: Any) -> None:
         self._epoch, self._before = state.epoch, state.total_steps - state.batch_idx  # batches before this epoch

@@ -25,6 +25,7 @@ from ant_jax.callbacks._arguments import (
     number,
 )
 from ant_jax.callbacks._averages import evaluated_in, with_averages
+from ant_jax.callbacks._runs import PerRun
 
 
 def early_stopping(
@@ -210,23 +211,23 @@ def time_limit(
     limit = seconds.total_seconds() if isinstance(seconds, datetime.timedelta) else seconds
     check_positive("time_limit", "seconds", limit)
     check_function("time_limit", "clock", clock)
-    counted: dict[str, Any] = {}  # when, and in which run, time was last counted: facts about this process
+    counted: PerRun[float] = PerRun()  # when time was last counted
 
     def init(state: Any) -> Any:
         del state
         return {"seconds": 0.0}
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        counted.update(run=trainer.costs, at=clock())
+        counted.open(trainer, clock())
         return state, logs
 
     def look(position: int, trainer: Any, state: Any, logs: Any) -> Any:
         del position
         now = clock()
         # A combinator may have left out the beginning of the run; then time counts from the first look on.
-        before = counted["at"] if counted.get("run") is trainer.costs else now
-        passed = state.callback_states[name]["seconds"] + now - before
-        counted.update(run=trainer.costs, at=now)
+        before = counted.of(trainer)
+        passed = state.callback_states[name]["seconds"] + (0.0 if before is None else now - before)
+        counted.open(trainer, now)
         return state.with_callback_state(name, {"seconds": passed}).request_stop(when=passed >= limit), logs
 
     return Callback(

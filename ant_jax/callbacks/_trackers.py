@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import posixpath
 import re
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +18,7 @@ from ant_jax._callback import Callback
 from ant_jax.callbacks._arguments import check_name, check_path, refuse_taken, require
 from ant_jax.callbacks._background import is_borne
 from ant_jax.callbacks._records import recording
+from ant_jax.callbacks._runs import Claim
 
 
 # How often, and for how many seconds, MLflow tries a request again whose failure is borne. Its own defaults, 7 and 120,
@@ -27,7 +30,8 @@ def tensorboard(directory: str | os.PathLike[str], *, every: int | None = None, 
     """Write the scalars of the logs as TensorBoard event files, with neither TensorFlow nor torch.
 
     On the host, in the background. The horizontal axis is the batches trained on. A run that goes on tells TensorBoard
-    to forget the steps that it does again.
+    to forget the steps that it does again. A run that begins while another one of this process writes there writes into
+    another directory beside it, ``digits-2`` for ``digits``, and says so (logger ``ant_jax``, a warning).
 
     Args:
         directory: of the event files; it is made.
@@ -46,7 +50,7 @@ def tensorboard(directory: str | os.PathLike[str], *, every: int | None = None, 
     """
     require("tensorboard", "tensorboard", "tensorboard")
     check_path("tensorboard", "directory", directory)
-    return recording("tensorboard", name, _Events(os.fspath(directory)), every)
+    return recording("tensorboard", name, functools.partial(_Events, os.fspath(directory)), every)
 
 
 def wandb(
@@ -55,9 +59,9 @@ def wandb(
     """Log the scalars of the logs to Weights & Biases.
 
     On the host, in the background; ``wandb.init`` runs in ``on_train_begin``. A run that goes on goes on with the same
-    W&B run. With the environment variable ``WANDB_MODE=offline`` nothing leaves the machine. Inside ``tolerate``
-    ``wandb.init`` waits 15 seconds for a server that is down, and not 90, unless the environment variable
-    ``WANDB_INIT_TIMEOUT`` or the argument ``settings`` is given.
+    W&B run, and runs at the same time have one each. With the environment variable ``WANDB_MODE=offline`` nothing
+    leaves the machine. Inside ``tolerate`` ``wandb.init`` waits 15 seconds for a server that is down, and not 90,
+    unless the environment variable ``WANDB_INIT_TIMEOUT`` or the argument ``settings`` is given.
 
     Args:
         project: where the run belongs.
@@ -81,8 +85,8 @@ def wandb(
     check_name("wandb", "project", project, optional=True)
     if init_arguments:
         _check_init_arguments(init_arguments)
-    sink = _Wandb({"project": project, "resume": "allow", **init_arguments})
-    return recording("wandb", name, sink, every, memory={"run_id": None})
+    make_sink = functools.partial(_Wandb, {"project": project, "resume": "allow", **init_arguments})
+    return recording("wandb", name, make_sink, every, memory={"run_id": None})
 
 
 def mlflow(
@@ -123,7 +127,8 @@ def mlflow(
     require("mlflow", "mlflow", "mlflow")
     check_name("mlflow", "experiment", experiment)
     check_name("mlflow", "tracking_uri", tracking_uri, kind="a URI", optional=True)
-    return recording("mlflow", name, _Mlflow(experiment, tracking_uri), every, memory={"run_id": None})
+    make_sink = functools.partial(_Mlflow, experiment, tracking_uri)
+    return recording("mlflow", name, make_sink, every, memory={"run_id": None})
 
 
 class _Events:
@@ -138,7 +143,12 @@ class _Events:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         del epoch
-        self._writer = EventFileWriter(self._directory)
+        self._claim = Claim("tensorboard", self._directory)
+        try:
+            self._writer = EventFileWriter(self._claim.path)
+        except BaseException:
+            self._claim.release()
+            raise
         if step:  # what was written of later steps, before the run was killed, is forgotten
             start = _message(event_pb2, "SessionLog")
             self._add(event_pb2, step=step + 1, session_log=start(status=start.START))
@@ -155,12 +165,17 @@ class _Events:
 
     def close(self, error: BaseException | None) -> None:
         del error
-        if self._writer is not None:
+        try:
             self._writer.close()
-            self._writer = None
+        finally:
+            self._claim.release()
 
     def _add(self, event_pb2: Any, **fields: Any) -> None:
         self._writer.add_event(_message(event_pb2, "Event")(wall_time=time.time(), **fields))
+
+
+_wandb_runs: set[_Wandb] = set()  # those that are open
+_opening = threading.Lock()
 
 
 class _Wandb:
@@ -177,7 +192,11 @@ class _Wandb:
         known = {} if memory["run_id"] is None else {"id": memory["run_id"]}
         shorter = is_borne() and "WANDB_INIT_TIMEOUT" not in os.environ
         settings = {"settings": {"init_timeout": 15}} if shorter else {}
-        self._run = wandb.init(**{**settings, **self._arguments, **known})
+        with _opening:
+            # By default W&B gives a run that is open to whoever asks for one.
+            another = {"reinit": "create_new"} if _wandb_runs else {}
+            self._run = wandb.init(**{**settings, **another, **self._arguments, **known})
+            _wandb_runs.add(self)
         return {"run_id": self._run.id}
 
     def write(self, record: Mapping[str, Any], epoch: int, step: int) -> None:
@@ -186,9 +205,10 @@ class _Wandb:
         self._run.log({"epoch": epoch, **_scalars(record)}, step=step)
 
     def close(self, error: BaseException | None) -> None:
-        if self._run is not None:
+        try:
             self._run.finish(exit_code=0 if error is None else 1)
-            self._run = None
+        finally:
+            _wandb_runs.discard(self)
 
 
 class _Mlflow:

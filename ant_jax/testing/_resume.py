@@ -63,7 +63,7 @@ def check_resume(
                 raise ValueError(f"check_resume: the run has no step {step!r}; its steps are {saved[0]} to {saved[-1]}")
             restored = trainer.restore(directory, step, like=state)
             place = f"step {step} (epoch {restored.epoch}, batch {restored.batch_idx})"
-            end, _ = trainer._go_on(restored, num_epochs, Loaders(train_loader, val_loader, steps_per_epoch))
+            end = trainer._loop(restored, num_epochs, Loaders(train_loader, val_loader, steps_per_epoch)).run()
             differs = difference(whole, end)
             if differs:
                 raise ResumeFault(
