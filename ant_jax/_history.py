@@ -96,7 +96,8 @@ class History(Sequence[dict[str, Any]]):
 
             _, ax = pyplot.subplots()
         for name in names or columns:
-            ax.plot(range(len(self)), columns[name], marker="." if len(self) < 30 else None, label=name)
+            label = name.replace("$", r"\$")  # or matplotlib would read a formula
+            ax.plot(range(len(self)), columns[name], marker="." if len(self) < 30 else None, label=label)
         ax.set_xlabel("epoch")
         if columns:
             ax.legend()

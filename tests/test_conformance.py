@@ -14,7 +14,7 @@ import pytest
 from problems import BATCH, batches, data, standard_promotion, trainer
 
 import ant_jax as ant
-from ant_jax import Hyperparam, testing
+from ant_jax import Hyperparam, _events, testing
 from ant_jax._engine import TrainProgram
 from ant_jax._events import Events
 from ant_jax._pace import Pace
@@ -139,6 +139,31 @@ def test_it_keeps_every_promise(name, tmp_path):
         return case.make(directory)
 
     testing.check_callback(make, twice=case.twice, **case.options)
+
+
+@pytest.mark.usefixtures("offline")
+def test_all_go_together_and_each_publishes_logs_of_its_own(tmp_path, monkeypatch):
+    combinators = {"chain", "every", "tolerate", "when"}  # named like what they combine
+    names = [name for name in CASES if name.isidentifier() and name not in combinators | {"swa"}]
+    published: dict[str, set[str]] = {}
+
+    def noted(callback: ant.Callback, name: str, function: Any, lead: Any, trainer: Any, given: Any, *rest: Any) -> Any:
+        result = call(callback, name, function, lead, trainer, given, *rest)
+        for log, value in result[-1].items():
+            if log not in given[-1] or value is not given[-1][log]:
+                published.setdefault(log, set()).add(callback.name)
+        return result
+
+    call = _events._call
+    monkeypatch.setattr(_events, "_call", noted)
+    # Not the case of swa, which evaluates its average, as that of ema does.
+    a_trainer = trainer(*(CASES[name].make(tmp_path) for name in names), library.swa(1), **injected)
+    _, history = a_trainer.fit(a_trainer.init(batches()[0]), ant.ArrayLoader(data(2 * BATCH), BATCH), 1, batches(1))
+    shared = {log: owners for log, owners in published.items() if len(owners) > 1}
+    assert set(shared) <= {"learning_rate"}, shared  # the optimizer's, of whoever changed it last
+    assert published["grad_norm"] == {"grad_norm"}
+    assert published["gradient_statistics/grad_norm"] == {"gradient_statistics"}
+    assert "train_grad_norm" in history[0] and "train_gradient_statistics/update_norm" in history[0]
 
 
 @dataclasses.dataclass

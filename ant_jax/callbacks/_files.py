@@ -118,17 +118,17 @@ class _File:
     def _read(self) -> list[dict[str, Any]]:
         """The rows in the file, but for the one that a process was writing when it was killed."""
         text = self._path.read_bytes() if self._path.exists() else b""
-        return self._parsed(text[: text.rfind(b"\n") + 1].decode())
+        return self._parsed(text[: text.rfind(b"\n") + 1].decode(errors="surrogatepass"))
 
     def _put(self, rows: list[dict[str, Any]]) -> None:
         """Make a file of these rows in the place of the one there is, at once or not at all."""
         self._close_file()
         with replacing(self._path) as beside:
-            beside.write_text(self._as_text(rows), encoding="utf-8", newline="")
+            beside.write_text(self._as_text(rows), encoding="utf-8", errors="surrogatepass", newline="")
 
     def _append(self, text: str) -> None:
         if self._file is None:
-            self._file = self._path.open("a", encoding="utf-8", newline="")
+            self._file = self._path.open("a", encoding="utf-8", errors="surrogatepass", newline="")
         self._file.write(text)
         self._file.flush()
 
@@ -201,7 +201,9 @@ def _columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _as_csv(columns: list[str], rows: Iterable[Mapping[str, Any]]) -> str:
     text = io.StringIO(newline="")
-    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
+    # A lone carriage return is quoted with everything else or not at all, and not read back unquoted.
+    quoting = csv.QUOTE_ALL if any("\r" in column for column in columns) else csv.QUOTE_MINIMAL
+    csv.DictWriter(text, columns, lineterminator="\n", quoting=quoting).writerows(rows)
     return text.getvalue()
 
 

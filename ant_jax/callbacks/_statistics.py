@@ -56,7 +56,8 @@ def gradient_statistics(
             ``[2**e, 2**(e + 1))``, for ``e`` from -24 to 7, float32[32]; what is smaller is counted in the first bin,
             what is larger, infinite or NaN in the last.
         name: of the callback; it keeps no memory. Another name than the default stands before those of the logs, as in
-            ``clipped/grad_norm``.
+            ``clipped/grad_norm``; the default does so beside :func:`gradient_norm`, or another callback that has
+            published a log of the same name.
 
     Returns:
         A callback that publishes ``grad_norm``, ``param_norm`` and ``update_norm``, float32 scalars. Where a batch
@@ -71,18 +72,23 @@ def gradient_statistics(
     """
     check_flag("gradient_statistics", "per_layer", per_layer)
     check_flag("gradient_statistics", "histograms", histograms)
-    prefix = "" if name == "gradient_statistics" else f"{name}/"
+    default = name == "gradient_statistics"
 
     def norms(kind: str, tree: Any) -> dict[str, Any]:
         of_layers = {path: _norm(leaf) for path, leaf in named_leaves(tree).items()}
-        in_all = {f"{prefix}{kind}_norm": optax.tree.norm(of_layers)}
-        return in_all | ({f"{prefix}{kind}_norm/{path}": norm for path, norm in of_layers.items()} if per_layer else {})
+        in_all = {f"{kind}_norm": optax.tree.norm(of_layers)}
+        return in_all | ({f"{kind}_norm/{path}": norm for path, norm in of_layers.items()} if per_layer else {})
+
+    def prefixed(mine: dict[str, Any]) -> dict[str, Any]:
+        return {f"{name}/{log}": value for log, value in mine.items()}
 
     def on_before_update(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
         del batch_idx, trainer
         mine = norms("grad", grads) | norms("param", state.params)
         if histograms:
-            mine |= {f"{prefix}grad_histogram/{path}": _histogram(grad) for path, grad in named_leaves(grads).items()}
+            mine |= {f"grad_histogram/{path}": _histogram(grad) for path, grad in named_leaves(grads).items()}
+        if not default or not logs.keys().isdisjoint(mine):
+            mine = prefixed(mine)
         taken = [log for log in mine if log in logs]
         if taken:
             raise ValueError(
@@ -93,7 +99,8 @@ def gradient_statistics(
 
     def on_before_apply(batch_idx: Any, trainer: Any, state: Any, updates: Any, logs: Any) -> Any:
         del batch_idx, trainer
-        return state, updates, {**logs, **norms("update", updates)}
+        mine = norms("update", updates)
+        return state, updates, {**logs, **(prefixed(mine) if f"{name}/grad_norm" in logs else mine)}
 
     return Callback(name=name, on_before_update=on_before_update, on_before_apply=on_before_apply)
 

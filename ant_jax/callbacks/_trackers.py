@@ -9,7 +9,8 @@ import posixpath
 import re
 import threading
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,11 @@ from ant_jax.callbacks._runs import Claim
 # How often, and for how many seconds, MLflow tries a request again whose failure is borne. Its own defaults, 7 and 120,
 # are minutes for each, which is right where a failure ends the run.
 _SHORTER = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+# The bytes that a name may have in MLflow, which takes 250 characters and, in a file store, makes files of them. It
+# leaves room for a checksum.
+_MLFLOW_BYTES = 240
+# What W&B writes itself, or drops, in every row.
+_WANDB_OWN = re.compile(r"_step|_runtime|_timestamp|_wandb.*|", re.DOTALL)
 
 
 def tensorboard(directory: str | os.PathLike[str], *, every: int | None = None, name: str = "tensorboard") -> Callback:
@@ -62,6 +68,8 @@ def wandb(
     W&B run, and runs at the same time have one each. With the environment variable ``WANDB_MODE=offline`` nothing
     leaves the machine. Inside ``tolerate`` ``wandb.init`` waits 15 seconds for a server that is down, and not 90,
     unless the environment variable ``WANDB_INIT_TIMEOUT`` or the argument ``settings`` is given.
+
+    A log whose name W&B keeps for itself, such as ``_step``, is written as ``log_step``.
 
     Args:
         project: where the run belongs.
@@ -106,7 +114,9 @@ def mlflow(
     for 5 seconds each, unless the environment variables ``MLFLOW_HTTP_REQUEST_MAX_RETRIES`` and
     ``MLFLOW_HTTP_REQUEST_TIMEOUT`` say otherwise; those that do not are set while the run is under way.
 
-    In the names of logs, what MLflow does not take, such as the brackets of ``a[b]``, becomes ``_``.
+    In the names of logs, what MLflow does not take, such as the brackets of ``a[b]``, becomes ``_``. MLflow's file
+    store keeps a metric as a file, which cannot be a folder, too; so beside a log ``norm`` the log ``norm/bias`` is
+    written as ``norm.bias``. Where two logs would still have one name, the second's ends in a checksum of its own.
 
     Args:
         experiment: where the run belongs; it is made if there is none of that name.
@@ -137,6 +147,7 @@ class _Events:
     def __init__(self, directory: str):
         self._directory = directory
         self._writer: Any = None
+        self._names = _Names(_in_utf8)
 
     def open(self, memory: Any, epoch: int, step: int) -> Any:
         from tensorboard.compat.proto import event_pb2
@@ -159,7 +170,8 @@ class _Events:
 
         del epoch
         summary = _message(summary_pb2, "Summary")
-        values = [summary.Value(tag=log, simple_value=value) for log, value in _scalars(record).items()]
+        scalars = self._names.given(_scalars(record))
+        values = [summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._add(event_pb2, step=step, summary=summary(value=values))
         self._writer.flush()
 
@@ -184,6 +196,7 @@ class _Wandb:
     def __init__(self, init_arguments: dict[str, Any]):
         self._arguments = init_arguments
         self._run: Any = None
+        self._names = _Names(_wandb_name)
 
     def open(self, memory: Any, epoch: int, step: int) -> Any:
         import wandb
@@ -202,7 +215,7 @@ class _Wandb:
     def write(self, record: Mapping[str, Any], epoch: int, step: int) -> None:
         refuse_taken("wandb", record, "epoch")
         # W&B takes one row a step; the last batches of an epoch and the epoch share theirs.
-        self._run.log({"epoch": epoch, **_scalars(record)}, step=step)
+        self._run.log({"epoch": epoch, **self._names.given(_scalars(record))}, step=step)
 
     def close(self, error: BaseException | None) -> None:
         try:
@@ -218,6 +231,7 @@ class _Mlflow:
         self._experiment, self._uri = experiment, tracking_uri
         self._client: Any = None
         self._run_id = ""
+        self._names = _Names(_mlflow_name, folders=False)
         self._set: list[str] = []  # environment variables; in hooks alone, as another thread might read them meanwhile
 
     def open(self, memory: Any, epoch: int, step: int) -> Any:
@@ -229,9 +243,13 @@ class _Mlflow:
             os.environ.update({variable: _SHORTER[variable] for variable in self._set})
         try:
             client = MlflowClient(tracking_uri=self._uri)
-            self._run_id = self._begun(client) if memory["run_id"] is None else memory["run_id"]
-            if memory["run_id"] is not None:
+            if memory["run_id"] is None:
+                self._run_id, there = self._begun(client), ()
+            else:
+                self._run_id = memory["run_id"]
                 client.update_run(self._run_id, status="RUNNING")
+                there = client.get_run(self._run_id).data.metrics
+            self._names = _Names(_mlflow_name, there, folders=False)
         except BaseException:
             self._unset()
             raise
@@ -243,7 +261,8 @@ class _Mlflow:
 
         del epoch
         now = int(1000 * time.time())
-        metrics = [Metric(_mlflow_name(log), value, now, step) for log, value in _scalars(record).items()]
+        scalars = self._names.given(_scalars(record))
+        metrics = [Metric(name, value, now, step) for name, value in scalars.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def close(self, error: BaseException | None) -> None:
@@ -281,13 +300,66 @@ def _check_init_arguments(given: Mapping[str, Any]) -> None:
             )
 
 
+class _Names:
+    """What logs are called in a tracker: by names that it takes, and each by another.
+
+    The same log has the same name in every record, also of a run that goes on.
+
+    Args:
+        taken_as: makes of the name of a log one that the tracker takes.
+        there: the names in the run that goes on.
+        folders: whether a name may be a folder of others, ``a`` beside ``a/b``.
+    """
+
+    def __init__(self, taken_as: Callable[[str], str], there: Iterable[str] = (), *, folders: bool = True):
+        self._taken_as, self._there, self._folders = taken_as, frozenset(there), folders
+        self._names: dict[str, str] = {}
+
+    def given(self, record: Mapping[str, float]) -> dict[str, float]:
+        """Return the record under the names."""
+        for log in sorted(record.keys() - self._names.keys()):  # a folder before what is in it
+            self._names[log] = self._chosen(log)
+        return {self._names[log]: value for log, value in record.items()}
+
+    def _chosen(self, log: str) -> str:
+        name = self._taken_as(log)
+        flat = name.replace("/", ".")
+        apart = f"{flat}-{_checksum(log)}"
+        if apart in self._there:  # the run that goes on has told it apart
+            return apart
+        used = set(self._names.values())
+        return next((free for free in (name, flat) if free not in used and not self._is_nested(free, used)), apart)
+
+    def _is_nested(self, name: str, used: set[str]) -> bool:
+        """Whether a name is a folder of another, or the other of it."""
+        if self._folders:
+            return False
+        return any(other.startswith(f"{name}/") or name.startswith(f"{other}/") for other in used | self._there)
+
+
+def _checksum(log: str) -> str:
+    return f"{zlib.crc32(log.encode(errors='surrogatepass')):08x}"
+
+
+def _in_utf8(log: str) -> str:
+    return log.encode(errors="backslashreplace").decode()
+
+
+def _wandb_name(log: str) -> str:
+    return _in_utf8(f"log{log}" if _WANDB_OWN.fullmatch(log) else log)
+
+
 def _mlflow_name(log: str) -> str:
     """The name of a log as MLflow takes it: letters, digits and ``_-. /``, and a path that is not rewritten."""
     name = re.sub(r"[^/\w.\- ]", "_", log)
-    if posixpath.normpath(name) == name and not name.startswith(("..", "/")) and name != ".":
+    if posixpath.normpath(name) != name or name.startswith(("..", "/")) or name == ".":
+        name = "/".join("_" if part in ("", ".", "..") else part for part in name.split("/"))
+        name = re.sub(r"^\.\.", "__", name)
+    if len(name.encode()) <= _MLFLOW_BYTES:
         return name
-    name = "/".join("_" if part in ("", ".", "..") else part for part in name.split("/"))
-    return re.sub(r"^\.\.", "__", name)
+    checksum = _checksum(log)
+    begin = name.replace("/", ".").encode()[: _MLFLOW_BYTES - len(checksum) - 1].decode(errors="ignore")
+    return f"{begin}-{checksum}"
 
 
 def _message(module: Any, name: str) -> Any:

@@ -1,6 +1,7 @@
 """Logs as files: what is in them, that they survive faults, and that a run that goes on writes the same file."""
 
 import csv
+import io
 import itertools
 import json
 import pathlib
@@ -80,6 +81,23 @@ def test_a_run_that_goes_on_writes_the_file_of_the_uninterrupted_one(kind, every
     assert whole.read_text() == cut.read_text()
     fit(FACTORIES[kind](cut, every=every))  # a new run begins the file anew
     assert whole.read_text() == cut.read_text()
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_any_name_is_a_column(kind, tmp_path):
+    names = ["a,b", 'c"d', "e\nf", "g\rh", "\r\n", "", " ", "\u2028", "'", ";", "=1+1", "\udc80"]
+
+    def publishing() -> ant.Callback:
+        values = {name: float(i) for i, name in enumerate(names)}
+        return host("publishing", on_epoch_end=lambda epoch, trainer, state, logs: (state, {**logs, **values}))
+
+    path = tmp_path / f"log.{kind}"
+    state = fit(publishing(), FACTORIES[kind](path), epochs=1)
+    fit(publishing(), FACTORIES[kind](path), state=state, epochs=2)
+    text = path.read_bytes().decode(errors="surrogatepass")
+    rows = [*csv.DictReader(io.StringIO(text, newline=""))] if kind == "csv" else map(json.loads, text.splitlines())
+    for row in rows:
+        assert [float(row[name]) for name in names] == [*range(len(names))]
 
 
 def failing_once(hook: str, at: int) -> ant.Callback:

@@ -132,6 +132,23 @@ def test_logs_of_one_name_do_not_hide_each_other():
     _, history = a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 1)
     assert history[0]["train_clipped/grad_norm"] < history[0]["train_grad_norm"]
     assert "train_clipped/grad_norm/bias" in history[0]
-    colliding = trainer(library.gradient_norm(), library.gradient_statistics())
-    with pytest.raises(ValueError, match="another callback has published the log 'grad_norm'; give that one or this"):
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_both_factories_go_together_under_their_default_names(order):
+    both = [library.gradient_norm(), library.gradient_statistics()][::order]
+    a_trainer = trainer(*both, gradient_accumulation_steps=2)
+    alone = trainer(library.gradient_statistics(), gradient_accumulation_steps=2)
+    start = a_trainer.init(batches()[0])
+    _, history = a_trainer.fit(start, batches(2), 1)
+    _, expected = alone.fit(start, batches(2), 1)
+    prefixed = {f"train_gradient_statistics/{log[6:]}": value for log, value in expected[0].items() if "norm" in log}
+    assert {log: value for log, value in history[0].items() if "statistics" in log} == prefixed
+    norms = [norm(a_trainer.grad_step(start, batch)[0]) for batch in batches(2)]
+    np.testing.assert_allclose(history[0]["train_grad_norm"], np.mean(norms), rtol=1e-6)  # of batches
+
+
+def test_a_log_that_would_be_hidden_all_the_same_is_refused():
+    colliding = trainer(library.gradient_norm(name="mine/grad_norm"), library.gradient_statistics(name="mine"))
+    with pytest.raises(ValueError, match="another callback has published the log 'mine/grad_norm'; give that one or"):
         colliding.fit(colliding.init(batches()[0]), batches(2), 1)

@@ -12,6 +12,7 @@ import pytest
 from problems import batches, host, trainer
 
 import ant_jax as ant
+from ant_jax.callbacks._trackers import _mlflow_name, _Names
 
 
 def fit(*callbacks: ant.Callback, epochs: int = 2, state: Any = None) -> ant.TrainState:
@@ -115,6 +116,56 @@ def test_mlflow_is_given_names_that_it_takes(tmp_path, monkeypatch):
     assert logged.keys() >= set(names.values())
 
 
+def publishing(*names: str) -> ant.Callback:
+    """Publish a value under each name: its position."""
+    values = {name: float(i) for i, name in enumerate(names)}
+    return host("publishing", on_epoch_end=lambda epoch, trainer, state, logs: (state, {**logs, **values}))
+
+
+AWKWARD = ("a", "a/b", "a.b", "a/b/c", "c/d", "c", "e[f]", "e(f)", "", ".", "..", "/", "A", "\n", "x" * 300)
+AWKWARD += (
+    "\u4e2d" * 200,
+    "_step",
+    "log_step",
+    "_timestamp",
+    "_wandb",
+    '",\r$',
+    "\udc80",
+    "y" * 300,
+    "z" * 150 + "/" + "z" * 150,
+)
+
+
+def test_mlflow_gives_every_log_a_metric_of_its_own_also_when_the_run_goes_on(tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = str(tmp_path / "mlruns")
+    logs = [ant.callbacks.gradient_norm(), ant.callbacks.gradient_statistics()]
+    one = fit(*logs, publishing(*AWKWARD), ant.callbacks.mlflow(tracking_uri=uri), epochs=1)
+    # What comes first may be another log, in the process in which the run goes on.
+    whole = fit(*logs, publishing(*AWKWARD[::-1]), ant.callbacks.mlflow(tracking_uri=uri, every=1), state=one, epochs=2)
+    client, run_id = MlflowClient(uri), whole.callback_states["mlflow"]["run_id"]
+    metrics = client.get_run(run_id).data.metrics
+    history = {name: [metric.value for metric in client.get_metric_history(run_id, name)] for name in metrics}
+    of_epochs = [values for values in history.values() if len(values) == 2]
+    last = len(AWKWARD) - 1
+    assert all([float(i), float(last - i)] in of_epochs for i in range(len(AWKWARD)))
+    assert len(of_epochs) == len(whole.history[0])
+    assert history["train_grad_norm"] == whole.history.to_dict()["train_grad_norm"]
+    of_bias = whole.history.to_dict()["train_gradient_statistics/grad_norm/bias"]
+    assert history["train_gradient_statistics.grad_norm.bias"] == of_bias
+
+
+@pytest.mark.parametrize("order", [("a", "a/b"), ("a/b", "a"), ("a[b]", "a(b)"), ("a/b", "a.b", "a")])
+def test_a_name_is_told_apart_in_the_same_way_whatever_comes_first_when_a_run_goes_on(order):
+    first = _Names(_mlflow_name, folders=False)
+    given = {log: [*first.given({log: 0.0})][0] for log in order}
+    again = _Names(_mlflow_name, given.values(), folders=False)
+    assert {log: [*again.given({log: 0.0})][0] for log in reversed(order)} == given
+    assert len(set(given.values())) == len(order)
+
+
 @pytest.fixture
 def offline(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
     import wandb
@@ -166,6 +217,23 @@ def test_wandb_reads_what_was_logged_and_a_run_goes_on(offline):
     rows = wandb_rows(offline)
     assert [row["_step"] for row in rows] == [2, 4, 6, 8]
     assert [row["val_loss"] for row in rows if "val_loss" in row] == whole.history.to_dict()["val_loss"]
+
+
+def test_wandb_gives_every_log_a_name_of_its_own(offline):
+    fit(publishing(*AWKWARD), ant.callbacks.wandb("digits"), epochs=1)
+    (row,) = wandb_rows(offline)
+    values = [value for name, value in row.items() if name not in ("epoch", "_step", "_timestamp", "_runtime")]
+    assert set(values) >= {float(i) for i in range(len(AWKWARD))}
+    assert row["_step"] == 4 and row["a/b"] == 1.0
+
+
+def test_tensorboard_gives_every_log_a_tag_of_its_own(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    state = fit(publishing(*AWKWARD), ant.callbacks.tensorboard(tmp_path), epochs=1)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert len(events.Tags()["scalars"]) == len(state.history[0])
 
 
 def test_wandb_waits_less_for_its_server_where_its_failures_are_borne(monkeypatch):
