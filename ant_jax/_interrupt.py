@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
@@ -162,8 +163,10 @@ class Interrupts:
         if self._noted is not None:
             self._raise(signal.Signals(number))
         self._noted = signal.Signals(number)
-        # Not by print: the signal may have come inside one.
-        os.write(2, f"\n{self._noted.name}: the run ends after this step; once more ends it at once\n".encode())
+        text = f"\n{self._noted.name}: the run ends after this step; once more ends it at once\n"
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # there may be no standard error, or no more
+            # Not by print: the signal may have come inside one.
+            os.write(sys.__stderr__.fileno(), text.encode())  # pyright: ignore[reportOptionalMemberAccess]
 
     def _raise(self, number: signal.Signals) -> None:
         self._noted = number  # so that one that comes while the exception is on its way is raised at once, too

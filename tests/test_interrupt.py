@@ -39,6 +39,22 @@ def test_a_signal_waits_for_a_whole_state_and_a_second_one_does_not(number, erro
         interrupts.check()
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_signal_is_noted_without_a_standard_error_to_say_so(there, monkeypatch, tmp_path):
+    stream = (tmp_path / "log").open("w") if there else None
+    if stream is not None:
+        os.close(stream.fileno())  # by something that does not tell Python
+    monkeypatch.setattr(sys, "__stderr__", stream)
+    interrupts = Interrupts()
+    with interrupts.installed():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+    if stream is not None:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            stream.close()
+
+
 def test_a_handler_of_the_users_stays():
     handler = lambda number, frame: None  # noqa: E731
     before = signal.signal(signal.SIGINT, handler)

@@ -12,12 +12,15 @@ import numpy as np
 from ant_jax._callback import Callback
 from ant_jax._history import to_python
 from ant_jax.callbacks._arguments import check_function, refuse
+from ant_jax.callbacks._printing import QUIETLY, Stream
 from ant_jax.callbacks._runs import PerRun
 
 
 # Seconds between two drawings: of a bar on a screen, and of a line in a file or a pipe.
 SCREEN_SECONDS = 0.1
 FILE_SECONDS = 10.0
+# What tqdm draws a bar of, unless it is told to use ASCII.
+BLOCKS = "".join(map(chr, range(0x2588, 0x2590)))
 
 
 def progress_bar(
@@ -28,7 +31,7 @@ def progress_bar(
     In a terminal and in a notebook it is a tqdm bar, drawn at most ten times a second; in a file or a pipe, a line of
     the same content at the beginning, at most every ten seconds, and at the end. It says when a program is being
     compiled: before the first batch, and before the first evaluation. It looks whenever the host has control, and reads
-    logs only to draw.
+    logs only to draw. Where it cannot write, since the stream is closed, broken or missing, it is silent.
 
     Args:
         file: where to write; by default, standard error.
@@ -39,7 +42,7 @@ def progress_bar(
         A host callback; it keeps no memory.
 
     Raises:
-        ValueError: ``file`` is no open text file.
+        ValueError: ``file`` has no ``write``, ``flush`` and ``isatty``.
         TypeError: ``clock`` is not a function without arguments.
 
     >>> progress_bar().every is None
@@ -52,7 +55,8 @@ def progress_bar(
 
     def bar_of(trainer: Any, state: Any) -> _Bar:
         # A combinator may have left out the beginning of the run.
-        return bars.of(trainer) or bars.open(trainer, _Bar(file or sys.stderr, clock, trainer, state))
+        stream = Stream(sys.stderr if file is None else file)
+        return bars.of(trainer) or bars.open(trainer, _Bar(stream, clock, trainer, state))
 
     def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
         bars.close(trainer)
@@ -98,7 +102,7 @@ def progress_bar(
 class _Bar:
     """The bar of one run, over its steps."""
 
-    def __init__(self, file: TextIO, clock: Callable[[], float], trainer: Any, state: Any):
+    def __init__(self, file: Stream, clock: Callable[[], float], trainer: Any, state: Any):
         from tqdm.auto import tqdm
 
         self._file, self._clock, self._tqdm = file, clock, tqdm
@@ -112,17 +116,20 @@ class _Bar:
         self._began = self._drawn = clock()
         on_screen = file.isatty() or "ipykernel" in sys.modules
         self._seconds = SCREEN_SECONDS if on_screen else FILE_SECONDS
+        self._ascii = not file.takes(BLOCKS)
         self._bar = None
         if on_screen:
-            self._bar = tqdm(
-                total=self._total(),
-                initial=self._initial,
-                desc=self._description,
-                unit="step",
-                file=file,
-                mininterval=0,
-                dynamic_ncols=True,
-            )
+            with QUIETLY:  # tqdm flushes standard output, too, which may be broken
+                self._bar = tqdm(
+                    total=self._total(),
+                    initial=self._initial,
+                    desc=self._description,
+                    unit="step",
+                    file=file,  # pyright: ignore[reportArgumentType]  # it needs no more of a stream
+                    mininterval=0,
+                    dynamic_ncols=True,
+                    ascii=self._ascii,
+                )
         else:
             self._draw()
 
@@ -137,7 +144,8 @@ class _Bar:
         doing = "evaluating" if self._evaluated else "compiling evaluation"
         self._description, self._evaluated = f"epoch {self._epoch + 1}/{self._epochs}, {doing}", True
         if self._bar is not None:
-            self._bar.set_description(self._description)
+            with QUIETLY:
+                self._bar.set_description(self._description)
 
     def epoch_done(self, state: Any, logs: Mapping[str, Any]) -> None:
         self._steps_before, self._epochs_done = self._steps, state.epoch + 1
@@ -151,7 +159,8 @@ class _Bar:
     def close(self) -> None:
         self._draw()
         if self._bar is not None:
-            self._bar.close()
+            with QUIETLY:
+                self._bar.close()
 
     def _total(self) -> int | None:
         if self._steps_per_epoch is None:
@@ -166,11 +175,12 @@ class _Bar:
         values = _in_short({**self._logs, **self._val_logs})
         self._drawn = self._clock()
         if self._bar is not None:
-            self._bar.total = self._total()
-            self._bar.set_description(self._description, refresh=False)
-            self._bar.set_postfix_str(values, refresh=False)
-            self._bar.update(self._steps - self._bar.n)
-            self._bar.refresh()
+            with QUIETLY:
+                self._bar.total = self._total()
+                self._bar.set_description(self._description, refresh=False)
+                self._bar.set_postfix_str(values, refresh=False)
+                self._bar.update(self._steps - self._bar.n)
+                self._bar.refresh()
             return
         line = self._tqdm.format_meter(
             self._steps,
@@ -180,8 +190,10 @@ class _Bar:
             prefix=self._description,
             postfix=values,
             unit="step",
+            ascii=self._ascii,
         )
-        print(line, file=self._file, flush=True)
+        self._file.write(f"{line}\n")
+        self._file.flush()
 
 
 def _in_short(values: Mapping[str, Any]) -> str:

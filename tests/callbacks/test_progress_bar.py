@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -79,3 +81,89 @@ def test_evaluate_by_itself_shows_none():
     a_trainer = trainer(ant.callbacks.progress_bar(file=file))
     a_trainer.evaluate(a_trainer.init(batches()[0]), batches(1))
     assert file.getvalue() == ""
+
+
+class Bare:
+    """A stream that can do no more than it must."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+class Broken(Screen):
+    """A pipe whose reader is gone after so many writes."""
+
+    def __init__(self, writes: int):
+        super().__init__()
+        self._left = writes
+
+    def write(self, text: str) -> int:
+        self._left -= 1
+        if self._left < 0:
+            raise BrokenPipeError("nobody reads")
+        return super().write(text)
+
+
+class Narrow(Screen):
+    """Has a console's code page."""
+
+    encoding = "cp1252"
+
+    def write(self, text: str) -> int:
+        text.encode("cp1252")
+        return super().write(text)
+
+
+def closed() -> io.StringIO:
+    stream = Screen()
+    stream.close()
+    return stream
+
+
+STREAMS: dict[str, Callable[[], Any]] = {
+    "none": lambda: None,
+    "bare": Bare,
+    "closed": closed,
+    "cp1252": lambda: io.TextIOWrapper(io.BytesIO(), "cp1252"),
+    "cp1252 screen": Narrow,
+    "ascii": lambda: io.TextIOWrapper(io.BytesIO(), "ascii"),
+    "broken": lambda: Broken(0),
+    "breaks": lambda: Broken(5),
+    "object": object,
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_no_stream_ends_a_run(stream, monkeypatch, tmp_path):
+    def replace(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        if epoch == 1 and hasattr(sys.stderr, "close"):
+            sys.stderr.close()
+        return state, {**logs, "\u4e2d": 1.0}
+
+    for name in ("stderr", "stdout"):
+        monkeypatch.setattr(sys, name, STREAMS[stream]())
+    monkeypatch.setattr("ant_jax.callbacks._progress_bar.SCREEN_SECONDS", 0.0)
+    prints = [ant.callbacks.log_progress(1), host("replace", on_epoch_end=replace)]
+    a_trainer = trainer(*prints, ant.callbacks.checkpoint(tmp_path), progress_bar=True)
+    state, _ = a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 3, batches(1), resume=tmp_path)
+    assert state.epoch == 3
+
+
+def test_a_stream_of_few_characters_gets_those(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr(sys, "stderr", stream)
+    bad_name = host("publish", on_epoch_end=lambda e, trainer, state, logs: (state, {**logs, "\u4e2d": 1.0}))
+    a_trainer = trainer(bad_name, progress_bar=True)
+    a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 1)
+    stream.seek(0)
+    assert "100%|##########| 2/2" in (text := stream.read()) and "?=1" in text
+
+
+def test_a_line_beside_a_bar_takes_its_place_and_the_bar_comes_again(monkeypatch):
+    screen = Screen()
+    for name in ("stderr", "stdout"):
+        monkeypatch.setattr(sys, name, screen)
+    a_trainer = trainer(ant.callbacks.log_progress(1), progress_bar=True)
+    a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 1)
+    before, _, after = screen.getvalue().partition("epoch 1/1\n")
+    assert before.endswith("\r") and "compiling" in after
