@@ -16,7 +16,7 @@ from ant_jax._engine import form_of
 from ant_jax._events import Events, initial_memories
 from ant_jax._live import DevicePart, device_part
 from ant_jax._state import Accumulator, HostFields, StateMismatch, TrainState, refuse_mismatch, strong
-from ant_jax._trees import PyTree
+from ant_jax._trees import PyTree, describe, named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Beginning:
 
     def without_memories(self, params: PyTree, model_state: PyTree, key: jax.Array) -> TrainState:
         """The same, but for what callbacks remember."""
+        _refuse_untrainable(params)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -82,6 +83,7 @@ class Beginning:
         form = self._form(state)
         if form in self._known:
             return
+        _refuse_untrainable(state.params)
         optimizer_state = jax.eval_shape(self.optimizer.init, state.params)
         refuse_mismatch("opt_state", optimizer_state, state.opt_state, "this trainer's optimizer")
         window = jax.eval_shape(self._empty_window, state.params)
@@ -113,3 +115,13 @@ class Beginning:
             return None
         # Below 1 a scale no longer helps; without a floor it would fall to nothing when gradients are never finite.
         return DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(2.0**16), minimum_scale=1.0)
+
+
+def _refuse_untrainable(params: PyTree) -> None:
+    """Raise TypeError for a parameter that has no gradient."""
+    for path, leaf in named_leaves(params).items():
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                f"the parameter {path or 'of the model'} is {describe(leaf)}, which has no gradient; parameters are "
+                f"what is trained. Make it floating, astype(jnp.float32), or keep it in the model state"
+            )

@@ -191,6 +191,9 @@ def checked(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
     """
     if isinstance(callbacks, Callback):
         raise TypeError(f"callbacks must be a sequence; write callbacks=[...] around {callbacks!r}")
+    if not isinstance(callbacks, Iterable):
+        hint = "; call the factory" if callable(callbacks) else ""
+        raise TypeError(f"callbacks must be a sequence of callbacks, got {callbacks!r}{hint}")
     callbacks = tuple(callbacks)
     names: set[str] = set()
     for position, callback in enumerate(callbacks):

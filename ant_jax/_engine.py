@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from ant_jax._checking import classes_of
 from ant_jax._feed import Chunk, Feed
@@ -116,7 +117,8 @@ class TrainProgram:
         self._traced, self._examples = traced, batch_size_of(batch)
         self.logs: dict[str, jax.ShapeDtypeStruct] = traced.out_info.logs
         self.may_stop = traced.out_info.stop is not None
-        self.fused = _is_fused(fuse, traced.jaxpr)
+        # A loop goes over the rows of a batch's leaves, so there is none without leaves.
+        self.fused = bool(jax.tree.leaves(batch)) and _is_fused(fuse, traced.jaxpr)
         self.pace = Pace(_bytes_of(batch))
         self._structure_between_epochs = jax.tree.structure(part)
         self._structure = jax.tree.structure(part._replace(log_sums=jax.eval_shape(zero_sums, self.logs)))
@@ -340,6 +342,8 @@ class Programs:
 
     def key_data_of(self, key: jax.Array) -> jax.Array:
         """Return a key as plain numbers; those of the last key are kept, since a run has but one."""
+        if isinstance(key, Tracer):  # of a function of the user's, which it must not outlive
+            return jax.random.key_data(key)
         known, data = self._key  # read once, since another thread may replace it
         if key is not known:
             data = jax.random.key_data(key)

@@ -26,6 +26,7 @@ from ant_jax._callback import (
 from ant_jax._judging import is_number, judged, refuse_assignment
 from ant_jax._logs import Logs
 from ant_jax._state import TrainState, scalar, strong
+from ant_jax._trees import refuse_unsortable
 
 
 class Events:
@@ -174,6 +175,7 @@ def initial_memories(callbacks: Iterable[Callback], state: TrainState) -> dict[s
             error.add_note(f"in init of callback {callback.name!r}")
             raise
         if memory is not None:
+            refuse_unsortable(f"what init of callback {callback.name!r} returned", memory)
             memories[callback.name] = _on_device(callback, memory) if in_step(callback) else memory
     return memories
 

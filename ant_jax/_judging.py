@@ -13,7 +13,7 @@ import numpy as np
 from ant_jax._callback import HOOKS
 from ant_jax._logs import Logs
 from ant_jax._state import HostFields, TrainState, strong
-from ant_jax._trees import PyTree, describe, differences, in_lines
+from ant_jax._trees import PyTree, describe, differences, in_lines, refuse_unsortable
 
 
 class CallbackReturnError(TypeError):
@@ -106,6 +106,9 @@ def _judged_state(name: str, old: TrainState, new: TrainState, device_names: fro
             raise CallbackReturnError(
                 f"{name} changed who has a memory: expected callback_states of {sorted(before)}, got {sorted(after)}"
             )
+        for owner, memory in after.items():
+            if memory is not before[owner]:
+                refuse_unsortable(f"{name} returned state.callback_states[{owner!r}], which", memory)
         updates["callback_states"] = {
             owner: _judged_tree(name, f"state.callback_states[{owner!r}]", memory, after[owner], old.host is None)
             if device_names is None or owner in device_names

@@ -39,7 +39,8 @@ class Reader:
 
     def __init__(self, loader: Any, name: str, limit: int | None = None, place: Place | None = None):
         if not isinstance(loader, Iterable):
-            raise TypeError(f"{name} must be an iterable of batches, got {loader!r}")
+            hint = "; make an instance of it" if isinstance(loader, type) else "; call it" if callable(loader) else ""
+            raise TypeError(f"{name} must be an iterable of batches, got {loader!r:.200}{hint}")
         self._loader, self._name, self._limit, self._saved = loader, name, limit, place
         self._iterator: Any = None
         self._has_state = False

@@ -250,12 +250,12 @@ class TrainState:
         """
         host = self.on_host("batch_size")
         start = host.batch_idx if from_batch is None else from_batch
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"request_batch_size: batch_size must be a positive whole number, got {batch_size!r}")
         if start < host.batch_idx:
             raise ValueError(f"request_batch_size: from_batch={start} is past; the next batch is {host.batch_idx}")
         sooner = tuple(item for item in host.batch_sizes if item[0] < start)
-        return self.replace(host=host.asking((*sooner, (start, batch_size))))
+        return self.replace(host=host.asking((*sooner, (int(start), int(batch_size)))))
 
     def skip_batch(self, when: bool | chex.Array = True) -> TrainState:
         """Ask, in ``on_backward_end``, that this batch count for nothing.

@@ -13,6 +13,7 @@ import optax
 
 from ant_jax._branches import run_if
 from ant_jax._events import Events
+from ant_jax._judging import is_number
 from ant_jax._logs import Logs
 from ant_jax._models import PureModel, applied
 from ant_jax._objective import Objective, transformed
@@ -74,7 +75,8 @@ class Step:
         if self.needs_pairs and not (isinstance(batch, tuple | list) and len(batch) == 2):
             raise TypeError(
                 f"criterion needs batches of the form (inputs, targets), got {describe_tree(batch)}; for any other "
-                f"batch give the Trainer a loss_fn(params, model_state, batch, key) instead"
+                f"batch give the Trainer a loss_fn(params, model_state, batch, key) instead, for arrays in memory an "
+                f"ArrayLoader((X, Y), batch_size=32) in the place of the loader"
             )
 
     def gradients(self, state: TrainState, batch: PyTree) -> tuple[TrainState, PyTree, dict[str, Any], Any]:
@@ -259,11 +261,18 @@ def general_loss(loss_fn: LossFn, precision: str) -> LossFn:
                 pass
             case _:
                 raise TypeError(f"loss_fn must return (loss, (model_state, logs)), logs a mapping, got {_form(result)}")
-        if jnp.shape(loss) != ():
+        if not is_number(loss) or jnp.shape(loss) != ():
             raise ValueError(f"loss_fn must return a scalar loss, the mean over the batch, got {describe(loss)}")
-        for name in logs:
+        if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            raise ValueError(f"loss_fn must return a real floating loss, which has a gradient, got {describe(loss)}")
+        for name, value in logs.items():
             if name in STEP_LOGS:
                 raise ValueError(f"loss_fn returned a log named {name!r}, which the trainer writes itself; rename it")
+            if not isinstance(name, str) or not is_number(value):
+                raise TypeError(
+                    f"loss_fn returned the log {name!r} as {describe(value)}; a log is a number or an array under a "
+                    f"string. Give each value of a nested log a name of its own, such as 'outer/inner'"
+                )
         floats = {name: _at_least_float32(jnp.asarray(value)) for name, value in logs.items()}
         return _at_least_float32(jnp.asarray(loss)), (_like(model_state, new_state), floats)
 

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from ant_jax._beginning import Beginning
-from ant_jax._callback import Callback
+from ant_jax._callback import Callback, checked
 from ant_jax._engine import Fuse, Programs
 from ant_jax._events import Events
 from ant_jax._feed import Loaders
@@ -35,6 +36,7 @@ from ant_jax.data import (
     canonical,
     inputs_of,
     length_of,
+    refuse_arrays,
     refuse_empty,
     refuse_endless,
     refuse_read_once,
@@ -121,8 +123,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         _check_arguments(self)
-        callbacks = tuple(self.callbacks)
-        if self.progress_bar and not any(getattr(callback, "name", "") == "progress_bar" for callback in callbacks):
+        callbacks = checked(self.callbacks)
+        if self.progress_bar and not any(callback.name == "progress_bar" for callback in callbacks):
             callbacks += (progress_bar(),)
         events = Events(callbacks, self)
         model = pure_functions(self.model)
@@ -227,7 +229,11 @@ class Trainer:
 
         Raises:
             StateMismatch: ``params`` or ``model_state`` do not fit the model.
+            TypeError: a parameter is no floating array; a criterion is given, and the batch is no pair.
+            ValueError: ``seed`` is no whole number.
         """
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+            raise ValueError(f"seed must be a whole number, got {seed!r}")
         batch = canonical(example_batch)
         self._step.check_batch(batch)
         init_key, key = jax.random.split(jax.random.key(seed))
@@ -434,6 +440,7 @@ class Trainer:
             The state after training, and the logs of all its epochs.
 
         Raises:
+            TypeError: arrays, or anything that is no iterable of batches, in the place of a loader.
             StateMismatch: the state is not one of this trainer's, the checkpoint does not fit it, or the training
                 loader has other data than the epoch began with.
             CheckpointCorrupt: all checkpoints to resume from are damaged.
@@ -441,7 +448,11 @@ class Trainer:
                 goes on.
             CallbackReturnError: a hook returned what it must not.
         """
+        for name, loader in {"train_loader": train_loader, "val_loader": val_loader}.items():
+            refuse_arrays(loader, name, self._step.needs_pairs)
         _check_count("num_epochs", num_epochs)
+        if resume is not None and not isinstance(resume, str | os.PathLike):
+            raise TypeError(f"resume must be the directory that a checkpoint callback saves into, got {resume!r}")
         for name, count in (("steps_per_epoch", steps_per_epoch), ("validation_steps", validation_steps)):
             if count is not None:
                 _check_count(name, count)
@@ -520,6 +531,7 @@ class Trainer:
             BatchError: the loader gave no batches, or one that differs from the others.
         """
         self._states.check(state)
+        refuse_arrays(loader, "loader", self._step.needs_pairs)
         if steps is None:
             refuse_endless(loader, "loader", "steps")
         else:
@@ -579,7 +591,8 @@ class Trainer:
         """Train on one batch: what ``fit`` does for each, with the traced hooks, without host hooks. Compiled.
 
         By hand there are no epochs: hooks get ``state.step`` as their ``batch_idx``, and the state's ``epoch`` and
-        ``batch_idx`` stay as they are.
+        ``batch_idx`` stay as they are. It may be a part of a larger function that is compiled, ``jax.jit`` of a loop
+        over several batches; then the state that goes in and what comes out are all arrays.
 
         Args:
             state: stays readable.
@@ -596,7 +609,7 @@ class Trainer:
         program = self._programs.train(part, state.key, batch)
         key_data = self._programs.key_data_of(state.key)
         part, cycle, asked, logs = program.step_by_hand(part, key_data, state.cycle, batch)
-        stop = bool(state.stop) or (asked is not None and bool(asked))
+        stop = _either(state.stop, asked)
         memories = {**state.callback_states, **part.callback_states}
         part = part._replace(callback_states=memories, log_sums=state.log_sums)
         return part.state(state.key, stop, state.host, cycle=cycle), {"batch_size": batch_size_of(batch), **logs}
@@ -635,34 +648,59 @@ def _called_compiled(init: Callable[..., Any], *arguments: Any) -> Any:
     return compiled(*arguments) if compiled.trace(*arguments).jaxpr.eqns else init(*arguments)
 
 
+def _either(stop: bool | chex.Array, asked: chex.Array | None) -> bool | chex.Array:
+    """Whether the run was or is asked to end; an array inside a function of the user's that is compiled."""
+    if asked is None and not isinstance(stop, Tracer):
+        return bool(stop)
+    asked = jnp.logical_or(stop, False if asked is None else asked)
+    return asked if isinstance(asked, Tracer) else bool(asked)
+
+
 def _check_arguments(trainer: Trainer) -> None:
     if (trainer.criterion is None) == (trainer.loss_fn is None):
         raise TypeError("give the Trainer either criterion(outputs, targets) or loss_fn, and not both")
     for name in ("criterion", "loss_fn"):
         function = getattr(trainer, name)
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be a function, got {function!r}")
+        if function is not None:
+            _check_function(name, "a function", function)
     if not isinstance(trainer.optimizer, optax.GradientTransformation):
-        raise TypeError(f"optimizer must be an optax.GradientTransformation, got {trainer.optimizer!r}")
+        hint = "; call it, as in optax.adam(1e-3)" if callable(trainer.optimizer) else ""
+        raise TypeError(f"optimizer must be an optax.GradientTransformation, got {trainer.optimizer!r}{hint}")
     if trainer.metrics and trainer.loss_fn is not None:
         raise TypeError("metrics need a criterion; with a loss_fn, return them in its logs")
+    if not isinstance(trainer.metrics, Mapping | None):
+        raise TypeError(f"metrics must be a mapping {{name: metric(outputs, targets)}}, got {trainer.metrics!r}")
     for name, metric in (trainer.metrics or {}).items():
+        if not isinstance(name, str):
+            raise TypeError(f"a metric's name must be a string, got {name!r}")
         if name in STEP_LOGS:
             raise ValueError(f"a metric cannot be named {name!r}: the trainer logs its own value of that name")
-        if not callable(metric):
-            raise TypeError(f"metric {name!r} must be a function metric(outputs, targets), got {metric!r}")
+        _check_function(f"metric {name!r}", "a function metric(outputs, targets)", metric)
     _check_count("gradient_accumulation_steps", trainer.gradient_accumulation_steps)
-    if trainer.max_grad_norm is not None and (isinstance(trainer.max_grad_norm, str) or not trainer.max_grad_norm > 0):
+    if trainer.max_grad_norm is not None and not _is_positive(trainer.max_grad_norm):
         raise ValueError(f"max_grad_norm must be positive or None, got {trainer.max_grad_norm!r}")
     for name, allowed in (
         ("precision", tuple(COMPUTE_DTYPES)),
         ("accumulation_mean", ("examples", "steps")),
         ("fuse", ("auto", True, False)),
+        ("check_batches", (True, False)),
+        ("progress_bar", (True, False)),
     ):
         if getattr(trainer, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(trainer, name)!r}")
 
 
+def _check_function(name: str, what: str, function: Any) -> None:
+    if not callable(function):
+        raise TypeError(f"{name} must be {what}, got {function!r}")
+    if isinstance(function, type):
+        raise TypeError(f"{name} must be {what}, got {function!r}; make an instance of it")
+
+
+def _is_positive(value: Any) -> bool:
+    return not isinstance(value, str | bool) and np.ndim(value) == 0 and bool(value > 0)
+
+
 def _check_count(name: str, count: Any) -> None:
     if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
-        raise ValueError(f"{name} must be a positive whole number, got {count!r}")
+        raise ValueError(f"{name} must be a positive whole number, got {count!r:.200}")

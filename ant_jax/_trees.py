@@ -73,6 +73,22 @@ def differences(expected: PyTree, actual: PyTree, *, dtypes: bool = True) -> lis
     return _differences_in_words(expected, actual, dtypes)
 
 
+def refuse_unsortable(what: str, tree: PyTree) -> None:
+    """Raise TypeError, naming ``what``, if a dict in a tree has keys that cannot be sorted, which a pytree needs.
+
+    >>> refuse_unsortable("the memory", {"a": 1, 3: 2})
+    Traceback (most recent call last):
+    ...
+    TypeError: the memory is no pytree: the keys of a dict in it cannot be sorted, as when some are str and some int
+    """
+    try:
+        jax.tree.flatten(tree)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{what} is no pytree: the keys of a dict in it cannot be sorted, as when some are str and some int"
+        ) from error
+
+
 def in_lines(lines: list[str], most: int = 10) -> str:
     """Indent lines for an error message, at most ``most`` of them.
 

@@ -9,13 +9,13 @@ import math
 import operator
 import sys
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from ant_jax._trees import PyTree, describe, named_leaves
+from ant_jax._trees import PyTree, describe, describe_tree, named_leaves
 
 
 class BatchError(ValueError):
@@ -41,7 +41,7 @@ class ArrayLoader:
         drop_last: whether to leave out the last batch of an epoch when it has fewer examples than ``batch_size``.
 
     Raises:
-        ValueError: no arrays, arrays of different lengths, no examples, a bad ``batch_size`` or ``seed``.
+        ValueError: no arrays, arrays of different lengths, no examples, a bad ``batch_size``, ``seed`` or flag.
 
     >>> loader = ArrayLoader((np.arange(5), np.arange(5) ** 2), batch_size=2, shuffle=False)
     >>> [inputs.tolist() for inputs, targets in loader]
@@ -61,7 +61,10 @@ class ArrayLoader:
             raise ValueError(f"ArrayLoader: arrays must share the length of their first axis, got {found or 'none'}")
         self._examples = len(self._leaves[0])
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-            raise ValueError(f"ArrayLoader: seed must be a whole number from 0 on, got {seed!r}")
+            raise ValueError(f"ArrayLoader: seed must be a whole number from 0 on, got {seed!r:.200}")
+        for flag, value in {"shuffle": shuffle, "drop_last": drop_last}.items():
+            if not isinstance(value, bool | np.bool_):
+                raise ValueError(f"ArrayLoader: {flag} must be True or False, got {value!r:.200}")
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
         self._set_batch_size(batch_size)
         self._ordered: tuple[int, np.ndarray] | None = None  # the order of the epoch that was last asked for
@@ -99,7 +102,7 @@ class ArrayLoader:
 
     def _set_batch_size(self, batch_size: int) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
-            raise ValueError(f"ArrayLoader: batch_size must be a positive whole number, got {batch_size!r}")
+            raise ValueError(f"ArrayLoader: batch_size must be a positive whole number, got {batch_size!r:.200}")
         if self._examples < (batch_size if self.drop_last else 1):
             raise ValueError(
                 f"ArrayLoader: {self._examples} examples make no batch of {batch_size}"
@@ -236,6 +239,83 @@ def refuse_endless(loader: Any, name: str, argument: str) -> None:
         raise BatchError(f"{name} has no end, and so its evaluation would have none; give {argument}=, its batches")
 
 
+def refuse_arrays(loader: Any, name: str, pairs: bool) -> None:
+    """Raise TypeError if arrays are given where a loader belongs, before their rows are taken for batches.
+
+    Arrays are iterables, too, whose items may be meant as batches. So only what cannot be meant so is refused: items
+    that are no pairs where batches are pairs, arrays of as many examples in different forms, a mapping, a table.
+
+    Args:
+        loader: to look at.
+        name: what errors call it.
+        pairs: whether batches must be ``(inputs, targets)``.
+    """
+    if isinstance(loader, Mapping):
+        given = ", ".join(map(repr, loader))
+        refused = not isinstance(loader, Iterator)
+    elif _is_array(loader):
+        given = describe(loader) if hasattr(loader, "dtype") else "columns"
+        refused = pairs or hasattr(loader, "columns")  # a table's items are the names of its columns
+    elif isinstance(loader, tuple | list) and 1 < len(loader) <= MOST_ARRAYS:
+        given = ", ".join(map(_form_in_words, loader))
+        refused = _lengths_agree(loader) and not _may_be_batches(loader, pairs)
+    else:
+        return
+    if refused:
+        arrays = "(X, Y)" if pairs or len(loader) == 2 else "arrays"
+        raise TypeError(
+            f"{name} must be an iterable of batches, got a {type(loader).__name__} of {given}. Arrays in memory become "
+            f"one by ArrayLoader({arrays}, batch_size=32); a single batch goes into a list, [batch]"
+        )
+
+
+# A list of more items is none of inputs, targets and the like.
+MOST_ARRAYS = 4
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is an array, or what numpy takes for one: a tensor, a table, a column."""
+    return hasattr(value, "__array__") and len(getattr(value, "shape", ())) > 0
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    while isinstance(value, tuple | list) and value:
+        value = value[0]
+    return isinstance(value, bool | int | float)
+
+
+def _arrays_in(item: Any) -> list[Any]:
+    return [item] if _is_list_of_numbers(item) else jax.tree.leaves(item)
+
+
+def _form_in_words(item: Any) -> str:
+    if _is_list_of_numbers(item):
+        return f"a list of {len(item)}"
+    return f"({describe_tree(item)})" if isinstance(item, tuple | list | Mapping) else describe(item)
+
+
+def _lengths_agree(items: Sequence[Any]) -> bool:
+    """Whether all arrays in the items have as many examples."""
+    arrays = [array for item in items for array in _arrays_in(item)]
+    if not arrays or not all(_is_array(array) or isinstance(array, tuple | list) for array in arrays):
+        return False
+    return len({len(array) for array in arrays}) == 1
+
+
+def _may_be_batches(items: Sequence[Any], pairs: bool) -> bool:
+    """Whether the items are of one form, as batches are, or pairs where those are asked for."""
+    if pairs and all(isinstance(item, tuple | list) and len(item) == 2 for item in items):
+        return True
+    return len({_form_of(item) for item in items}) == 1
+
+
+def _form_of(item: Any) -> Any:
+    arrays = _arrays_in(item)
+    dtypes = (getattr(array, "dtype", None) for array in arrays)
+    canonical_dtypes = [jax.dtypes.canonicalize_dtype(t) if isinstance(t, np.dtype) else str(t) for t in dtypes]
+    return jax.tree.structure(item), tuple(np.shape(array) for array in arrays), tuple(canonical_dtypes)
+
+
 READ_AGAIN = (
     "Pass an iterable that starts again for every epoch (a list, an ArrayLoader, a DataLoader), or an endless iterator "
     "with steps_per_epoch (for evaluation: validation_steps)"
@@ -249,8 +329,12 @@ def as_numpy(leaf: Any) -> np.ndarray:
     except Exception as error:
         raise BatchError(f"a batch holds a {type(leaf).__name__} that numpy cannot read: {error}") from error
     if array.dtype == object or array.dtype.kind in "USMm":
+        hint = (
+            "; of a loader take one batch, next(iter(loader))" if isinstance(leaf, Iterable) and not array.ndim else ""
+        )
         raise BatchError(
             f"a batch is a pytree of numeric arrays; it holds a {type(leaf).__name__} (dtype {array.dtype})"
+            f"{'' if isinstance(leaf, str | bytes) else hint}"
         )
     return array
 

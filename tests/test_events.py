@@ -35,6 +35,8 @@ BAD = {
     "too many": (lambda state, rest, logs: (state, *rest, logs, 1), "values instead of the {n} values {names}"),
     "dropped log": (lambda state, rest, logs: (state, *rest, {}), "{hook} dropped the log '.*'; to publish a value"),
     "text": (lambda state, rest, logs: (state, *rest, {**logs, "a": "b"}), "{hook} published the log 'a' as str"),
+    "nothing": (lambda state, rest, logs: (state, *rest, {**logs, "a": None}), "published the log 'a' as NoneType"),
+    "nested": (lambda state, rest, logs: (state, *rest, {**logs, "a": {"b": 1}}), "published the log 'a' as dict"),
     "missing leaf": (
         lambda state, rest, logs: (state.replace(params={"bias": state.params["bias"]}), *rest, logs),
         "{hook} returned state.params of another structure, shape or dtype:\n  kernel: missing",
@@ -204,6 +206,17 @@ def test_a_traced_memory_keeps_its_form_and_a_host_memory_need_not():
     assert state.callback_states["bad"] == {"more": {"text": "anything"}}
     with pytest.raises(CallbackReturnError, match=r"state.callback_states\['bad'\] of another structure"):
         fit_with("on_epoch_end", grow, traced=True, init=lambda state: {"count": 0})
+
+
+def test_a_memory_whose_keys_cannot_be_sorted_is_named():
+    def hook(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        return state.with_callback_state("bad", {"a": 1, 3: 2}), logs
+
+    unsortable = r"is no pytree: the keys of a dict in it cannot be sorted, as when some are str and some int"
+    with pytest.raises(TypeError, match=f"what init of callback 'bad' returned {unsortable}"):
+        fit_with("on_epoch_end", hook, init=lambda state: {"a": 1, 3: 2})
+    with pytest.raises(TypeError, match=rf"on_epoch_end returned state.callback_states\['bad'\], which {unsortable}"):
+        fit_with("on_epoch_end", hook, init=lambda state: {})
 
 
 def test_a_callback_without_init_has_no_memory():

@@ -241,6 +241,32 @@ CRITERIA = {
         {"criterion": None, "loss_fn": lambda p, s, b, k: (jnp.float32(0), (s, {"loss": 1.0}))}, ValueError,
         "loss_fn returned a log named 'loss', which the trainer writes itself",
     ),
+    "loss_fn of a whole number": (
+        {"criterion": None, "loss_fn": lambda p, s, b, k: (jnp.int32(0), (s, {}))}, ValueError,
+        r"loss_fn must return a real floating loss, which has a gradient, got int32\[\]",
+    ),
+    "loss_fn without a loss": (
+        {"criterion": None, "loss_fn": lambda p, s, b, k: (None, (s, {}))}, ValueError,
+        "loss_fn must return a scalar loss, the mean over the batch, got NoneType",
+    ),
+    "loss_fn without a log's value": (
+        {"criterion": None, "loss_fn": lambda p, s, b, k: (jnp.float32(0), (s, {"a": None}))}, TypeError,
+        "loss_fn returned the log 'a' as NoneType; a log is a number or an array under a string",
+    ),
+    "loss_fn with nested logs": (
+        {"criterion": None, "loss_fn": lambda p, s, b, k: (jnp.float32(0), (s, {"a": {"b": 1.0}}))}, TypeError,
+        "loss_fn returned the log 'a' as dict; .* a name of its own, such as 'outer/inner'",
+    ),
+    "loss_fn with a log of no name": (
+        {"criterion": None, "loss_fn": lambda p, s, b, k: (jnp.float32(0), (s, {3: 1.0}))}, TypeError,
+        "loss_fn returned the log 3 as Python float; .* under a string",
+    ),
+    "a metric of several": (
+        {"metrics": {"m": lambda o, t: {"a": 1.0}}}, TypeError, "metric 'm' must return an array, got dict",
+    ),
+    "a metric of none": (
+        {"metrics": {"m": lambda o, t: None}}, TypeError, "metric 'm' must return an array, got NoneType",
+    ),
 }  # fmt: skip
 
 

@@ -51,6 +51,29 @@ from ant_jax import StateMismatch
         ),
         ({"accumulation_mean": "batches"}, ValueError, "accumulation_mean must be one of 'examples', 'steps'"),
         ({"fuse": "never"}, ValueError, "fuse must be one of 'auto', True, False, got 'never'"),
+        ({"criterion": "mse"}, TypeError, "criterion must be a function, got 'mse'"),
+        ({"criterion": dict}, TypeError, "criterion must be a function, got <class 'dict'>; make an instance of it"),
+        ({"optimizer": optax.adam}, TypeError, r"GradientTransformation, got <function adam .*; call it, as in optax"),
+        (
+            {"metrics": [cross_entropy]},
+            TypeError,
+            r"metrics must be a mapping \{name: metric\(outputs, targets\)\}, got",
+        ),
+        ({"metrics": {3: cross_entropy}}, TypeError, "a metric's name must be a string, got 3"),
+        ({"max_grad_norm": [1.0]}, ValueError, r"max_grad_norm must be positive or None, got \[1.0\]"),
+        ({"max_grad_norm": float("nan")}, ValueError, "max_grad_norm must be positive or None, got nan"),
+        ({"gradient_accumulation_steps": 2.0}, ValueError, "must be a positive whole number, got 2.0"),
+        ({"progress_bar": "no"}, ValueError, "progress_bar must be one of True, False, got 'no'"),
+        ({"check_batches": None}, ValueError, "check_batches must be one of True, False, got None"),
+        (
+            {"callbacks": ant.callbacks.ema()},
+            TypeError,
+            r"callbacks must be a sequence; write callbacks=\[...\] around",
+        ),
+        ({"callbacks": ant.callbacks.ema}, TypeError, "must be a sequence of callbacks, got .*; call the factory"),
+        ({"callbacks": [ant.callbacks.ema]}, TypeError, r"callbacks\[0\] is not .*; call the factory"),
+        ({"callbacks": None}, TypeError, "callbacks must be a sequence of callbacks, got None"),
+        ({"model": LINEAR[0]}, TypeError, "model must be a flax.linen.Module, a flax.nnx.Module or a pair"),
     ],
 )
 def test_bad_arguments(options, kind, message):
@@ -85,6 +108,166 @@ def test_bad_counts(arguments, message):
     a_trainer = trainer()
     with pytest.raises(ValueError, match=message):
         a_trainer.fit(a_trainer.init(batches()[0]), batches(), **arguments)
+
+
+@pytest.mark.parametrize("seed", [0.5, None, True, "0", jax.random.key(0)], ids=str)
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(ValueError, match="seed must be a whole number, got"):
+        trainer().init(batches()[0], seed=seed)
+
+
+@pytest.mark.parametrize("resume", [True, 3])
+def test_resume_is_a_directory(resume):
+    a_trainer = trainer()
+    with pytest.raises(TypeError, match="resume must be the directory that a checkpoint callback saves into, got"):
+        a_trainer.fit(a_trainer.init(batches()[0]), batches(), 1, resume=resume)
+
+
+class Table:
+    """As pandas has them: iteration gives the names of columns."""
+
+    def __init__(self, columns: dict[str, Any]):
+        self.columns, self.shape = [*columns], (len(next(iter(columns.values()))), len(columns))
+        self._values = np.stack([*columns.values()], axis=1)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return self._values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __iter__(self) -> Any:
+        return iter(self.columns)
+
+
+X, Y = data()
+TABLE = Table({"a": X[:, 0], "b": X[:, 1]})
+ARRAYS: dict[str, Any] = {
+    "pair": (X, Y),
+    "list": [X, Y],
+    "jax": (jnp.asarray(X), jnp.asarray(Y)),
+    "mixed": (X, jnp.asarray(Y)),
+    "lists": (X.tolist(), Y.tolist()),
+    "a list of targets": (X, Y.tolist()),
+    "inputs of two": ((X, X), Y),
+    "inputs by name": ({"a": X, "b": X}, Y),
+    "weights": (X, Y, np.ones(len(X), np.float32)),
+    "mapping": {"inputs": X, "targets": Y},
+    "table": TABLE,
+    "table and column": (TABLE, Y),
+}
+BARE: dict[str, Any] = {"inputs": X, "inputs on the device": jnp.asarray(X)}
+
+
+@pytest.mark.parametrize("arrays", [*ARRAYS, *BARE])
+def test_arrays_are_no_loader(arrays):
+    loader = {**ARRAYS, **BARE}[arrays]
+    a_trainer = trainer()
+    state = a_trainer.init(batches()[0])
+    remedy = r"must be an iterable of batches, got a .*ArrayLoader\(\(X, Y\), batch_size=32\)"
+    with pytest.raises(TypeError, match=f"train_loader {remedy}"):
+        a_trainer.fit(state, loader, 3)
+    with pytest.raises(TypeError, match=f"val_loader {remedy}"):
+        a_trainer.fit(state, batches(), 3, loader)
+    with pytest.raises(TypeError, match=f"loader {remedy}"):
+        a_trainer.evaluate(state, loader)
+
+
+@pytest.mark.parametrize("arrays", [(X, X), [X, X]])
+def test_arrays_of_one_form_may_be_batches_but_no_pairs(arrays):
+    a_trainer = trainer()
+    with pytest.raises(TypeError, match=r"criterion needs .*, got .*; .* an ArrayLoader\(\(X, Y\), batch_size=32\) in"):
+        a_trainer.fit(a_trainer.init(batches()[0]), arrays, 1)
+
+
+def of_batch(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+    """A loss that reads any batch."""
+    del key
+    total = sum(jnp.sum(jnp.asarray(leaf, jnp.float32)) for leaf in jax.tree.leaves(batch))
+    return params["w"] ** 2 + 0.0 * total, (model_state, {})
+
+
+BY_LOSS = ant.Trainer(
+    (lambda key, x: ({"w": jnp.ones(())}, {}), apply), optax.sgd(0.1), loss_fn=of_batch, progress_bar=False
+)
+
+
+@pytest.mark.parametrize("arrays", ARRAYS)
+def test_arrays_that_cannot_be_batches_are_no_loader_of_a_loss_fn_either(arrays):
+    with pytest.raises(TypeError, match=r"train_loader must be an iterable of batches, got a .*ArrayLoader\("):
+        BY_LOSS.fit(BY_LOSS.init(X), ARRAYS[arrays], 3)
+
+
+BATCHES: dict[str, tuple[Any, int]] = {
+    "rows": (X[:3], 3),
+    "rows on the device": (jnp.asarray(X[:3]), 3),
+    "two arrays": ((X, X + 1), 2),
+    "two of one form, of another precision": ([X, X.astype(np.float64)], 2),
+    "a shorter last": ((X, X[:5]), 2),
+    "numbers": (range(3), 3),
+    "pairs": (((X, Y), (X, Y)), 2),
+    "by name": ([{"a": X, "b": Y}] * 3, 3),
+    "two lists": ([[1.0, 2.0], [3.0, 4.0]], 2),
+    "none": ([None] * 3, 3),
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_arrays_that_may_be_batches_are_a_loader(case):
+    loader, count = BATCHES[case]
+    state, _ = BY_LOSS.fit(BY_LOSS.init(next(iter(loader))), loader, 1)
+    assert state.step == count
+    assert BY_LOSS.evaluate(state, loader) == {"val_loss": pytest.approx(0.8 ** (2 * count))}
+
+
+@pytest.mark.parametrize(
+    ("loader", "hint"),
+    [(ant.ArrayLoader, "make an instance of it"), (lambda: iter(batches()), "call it"), (3, "3"), (None, "None")],
+    ids=str,
+)
+def test_what_is_no_iterable_is_no_loader(loader, hint):
+    a_trainer = trainer()
+    with pytest.raises(TypeError, match=f"train_loader must be an iterable of batches, got .*{hint}"):
+        a_trainer.fit(a_trainer.init(batches()[0]), loader, 1)
+
+
+def test_a_loader_is_no_batch():
+    with pytest.raises(ant.BatchError, match=r"of a loader take one batch, next\(iter\(loader\)\)"):
+        trainer().init(ant.ArrayLoader((X, Y), BATCH))
+
+
+@pytest.mark.parametrize("leaf", [np.arange(3), np.ones(3, bool), jax.random.key(0)], ids=["int", "bool", "key"])
+def test_a_parameter_without_a_gradient_is_named(leaf):
+    def init(key: Any, inputs: Any) -> Any:
+        return {"a": {"b": jnp.asarray(leaf)}, "w": jnp.ones(())}, {}
+
+    a_trainer = trainer(model=(init, apply))
+    with pytest.raises(TypeError, match=r"the parameter a/b is .*, which has no gradient; .*, or keep it in the model"):
+        a_trainer.init(batches()[0])
+    good = trainer()
+    state = good.init(batches()[0])
+    state = state.replace(params={**state.params, "bias": jnp.arange(CLASSES)})
+    with pytest.raises(TypeError, match=r"the parameter bias is int32\[3\], which has no gradient"):
+        good.fit(state, batches(), 1)
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+def test_a_step_can_be_a_part_of_a_compiled_function(stopping):
+    stop = ant.callbacks.stop_at(1e9, "loss", per="batch")
+    a_trainer = trainer(ant.callbacks.gradient_noise(), *([stop] if stopping else []))
+    start = a_trainer.init(batches()[0])
+    by_hand, compiled = start, start
+    step = jax.jit(a_trainer.train_step)
+    for batch in batches(3):
+        by_hand, expected = a_trainer.train_step(by_hand, batch)
+        compiled, logs = step(compiled, batch)
+        assert_bit_equal(by_hand, compiled)
+        assert {name: float(value) for name, value in logs.items()} == {n: float(v) for n, v in expected.items()}
+    assert bool(compiled.stop) is by_hand.stop is stopping
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches(3))
+    scanned, _ = jax.jit(lambda state, batches: jax.lax.scan(a_trainer.train_step, state, batches))(start, stacked)
+    assert scanned.step == 3
+    assert_bit_equal(a_trainer.fit(compiled, batches(2), 1)[0], a_trainer.fit(by_hand, batches(2), 1)[0])
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {

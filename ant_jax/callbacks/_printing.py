@@ -69,4 +69,4 @@ def print_beside_bars(line: str) -> None:
     from tqdm import tqdm
 
     with QUIETLY:  # there may be bars that are not ours
-        tqdm.write(line, file=Stream(sys.stdout))  # pyright: ignore[reportArgumentType]  # it needs no more of a stream
+        tqdm.write(line, file=Stream(sys.stdout))

@@ -125,7 +125,7 @@ class _Bar:
                     initial=self._initial,
                     desc=self._description,
                     unit="step",
-                    file=file,  # pyright: ignore[reportArgumentType]  # it needs no more of a stream
+                    file=file,
                     mininterval=0,
                     dynamic_ncols=True,
                     ascii=self._ascii,
