@@ -17,7 +17,7 @@ from ant_jax._checkpoint import path_of, read, read_arrays, set_aside, steps_in
 from ant_jax._events import initial_memories
 from ant_jax._lock import DirectoryLock
 from ant_jax._seal import CheckpointCorrupt
-from ant_jax._snapshot import Path, Snapshot, filled, parameters_of
+from ant_jax._snapshot import Path, Snapshot, filled, parameters_of, with_keys
 from ant_jax._state import StateMismatch, TrainState, strong
 from ant_jax._trees import describe, in_lines, named_leaves
 
@@ -124,7 +124,7 @@ def with_params_of(
 def _parameters_in(directory: pathlib.Path, step: int | None, source: str | None) -> tuple[dict[Path, Any], Path]:
     """Read all arrays of a checkpoint, ours or any that Orbax wrote, and say where in them the parameters are."""
     if steps_in(directory):
-        arrays = read(directory, step).arrays
+        arrays = with_keys(read(directory, step))
     else:
         arrays = _foreign(directory, step)
     if source is None:

@@ -91,7 +91,16 @@ def parameters_of(saved: Snapshot, field: str) -> PyTree:
             f"the saved {field} are in containers other than dict, list and tuple; restore them with "
             f"trainer.restore(directory, like=trainer.init(example_batch))"
         )
-    return rebuilt(structure, {keys[1:]: leaf for keys, leaf in saved.arrays.items() if keys[0] == field})
+    return rebuilt(structure, {keys[1:]: leaf for keys, leaf in with_keys(saved).items() if keys[0] == field})
+
+
+def with_keys(saved: Snapshot) -> dict[Path, Any]:
+    """Return the arrays that were saved, those that were random keys as such."""
+    impls = saved.host["keys"]
+    return {
+        keys: jax.random.wrap_key_data(leaf, impl=impls[name]) if (name := "/".join(keys)) in impls else leaf
+        for keys, leaf in saved.arrays.items()
+    }
 
 
 def filled(

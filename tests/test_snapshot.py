@@ -45,6 +45,51 @@ def test_parameters_come_back_in_their_containers(contain, tmp_path):
     assert_bit_equal(trainer(model=(init, apply)).restore(tmp_path), state)
 
 
+def with_random_keys(impl: str) -> ant.Trainer:
+    """A trainer that keeps typed random keys wherever a state may have them."""
+
+    def init(key: Any, inputs: Any) -> Any:
+        return {"kernel": jnp.ones((4, 3))}, {"rng": jax.random.key(3, impl=impl), "many": [some(5)]}
+
+    def apply(params: Any, model_state: Any, inputs: Any, key: Any) -> Any:
+        return inputs @ params["kernel"], {**model_state, "rng": jax.random.split(model_state["rng"])[0]}
+
+    def some(seed: int) -> Any:
+        return jax.random.split(jax.random.key(seed, impl=impl), (2, 1))
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return updates, {"rng": jax.random.fold_in(state["rng"], 1)}
+
+    def on_batch_end(batch_idx: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        memory = state.callback_states["traced"]
+        return state.with_callback_state("traced", {"rng": jax.random.fold_in(memory["rng"], batch_idx)}), logs
+
+    optimizer = optax.chain(
+        optax.sgd(0.1), optax.GradientTransformation(lambda params: {"rng": jax.random.key(7, impl=impl)}, update)
+    )
+    traced = ant.Callback(
+        name="traced", traced=True, init=lambda state: {"rng": some(8)[0, 0]}, on_batch_end=on_batch_end
+    )
+    on_host = host("host", init=lambda state: {"rng": some(9)}, on_epoch_end=lambda e, t, state, logs: (state, logs))
+    return trainer(traced, on_host, model=(init, apply), optimizer=optimizer, gradient_accumulation_steps=2)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_random_keys_come_back_wherever_they_are(impl, tmp_path):
+    a_trainer = with_random_keys(impl)
+    state, _ = a_trainer.fit(a_trainer.init(batches()[0]), batches(3), 1)
+    a_trainer.save(tmp_path, state)
+    restored = with_random_keys(impl).restore(tmp_path)
+    assert_bit_equal(restored, state)
+    for tree in (restored.model_state, restored.opt_state, restored.callback_states):
+        keys = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+        assert {str(jax.random.key_impl(key)) for key in keys} == {impl}
+    again, _ = with_random_keys(impl).fit(restored, batches(3), 2)
+    assert_bit_equal(again, a_trainer.fit(state, batches(3), 2)[0])
+    taken_over = a_trainer.restore_params(tmp_path, a_trainer.init(batches()[0]), model_state=True)
+    assert_bit_equal(taken_over, state, "params", "model_state")
+
+
 @flax.struct.dataclass
 class Linear:
     """Parameters in a container of their own, as Equinox's are."""

@@ -61,7 +61,8 @@ def checkpoint(
             callbacks that evaluate averages, such as ``ema(evaluate=True)``, it judges these.
         mode: ``"min"`` if a smaller value of ``monitor`` is better, ``"max"`` if a larger is.
         keep_best: with a ``monitor``, how many of the best to keep.
-        save_last: whether to save when the run ends, too, however it does.
+        save_last: whether to save when the run ends, too, however it does. The end of the last epoch is saved before
+            ``on_train_end``, so that the run can go on from there with more epochs.
         allow_nonfinite: whether to save parameters that are NaN or infinite, rather than to end the run with an error.
         clock: returns seconds.
         name: of the callback. It keeps no memory: what is best stands in the directory.
@@ -131,27 +132,30 @@ def checkpoint(
 
     def on_checkpoint(trainer: Any, state: Any, logs: Any) -> Any:
         run = saving_of(trainer, state)
-        at_epoch_end = state.batch_idx == 0
         due = every_seconds is not None and clock() - run.saved_at >= every_seconds
-        if at_epoch_end:
-            due |= every_epochs is not None and state.epoch % every_epochs == 0
-        else:
-            due |= every is not None
-        if due:
-            run.save(state, metric_in(logs) if at_epoch_end else None)
+        if state.batch_idx > 0:
+            if due or every is not None:
+                run.save(state)
+            return state, logs
+        check_monitor(logs)
+        last = state.stop or state.epoch >= trainer.num_epochs
+        if due or (last and save_last) or (every_epochs is not None and state.epoch % every_epochs == 0):
+            run.save(state, None if monitor is None else float(logs[monitor]))
         return state, logs
 
-    def metric_in(logs: Any) -> float | None:
-        if monitor is None:
-            return None
-        if np.ndim(logs[monitor]) > 0:
+    def check_monitor(logs: Any) -> None:
+        if monitor is not None and np.ndim(logs[monitor]) > 0:
             raise ValueError(f"checkpoint: monitor={monitor!r} is an array of shape {np.shape(logs[monitor])}")
-        return float(logs[monitor])
+
+    def metric_of(state: Any) -> float | None:
+        """The metric of the epoch that has just ended, if one has."""
+        metric = state.history[-1].get(monitor) if state.batch_idx == 0 and len(state.history) > 0 else None
+        return metric if isinstance(metric, int | float) else None
 
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
         try:
             if save_last:
-                saving_of(trainer, state).save(state)
+                saving_of(trainer, state).save(state, metric_of(state))
         finally:
             runs.close(trainer)
         return state, logs
@@ -160,7 +164,7 @@ def checkpoint(
         run = runs.of(trainer)
         try:
             if save_last and run is not None and trainer.whole and not isinstance(exception, CheckpointError):
-                run.save(state)
+                run.save(state, metric_of(state))
                 run.checkpointer.wait()
                 print_beside_bars(f"saved step {state.total_steps} in {os.fspath(directory)} ({exception!r})")
         finally:

@@ -1,5 +1,6 @@
 """A run is saved while it goes on: when, what is kept, and that it is what the state was then."""
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -37,6 +38,57 @@ def test_what_is_kept(options, kept, tmp_path):
     a_trainer = trainer(publish(values), ant.callbacks.checkpoint(tmp_path, **options))
     a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 6)
     assert steps_in(tmp_path) == kept
+
+
+def stop_after(epoch: int) -> ant.Callback:
+    return host("stop", on_epoch_end=lambda e, t, state, logs: (state.request_stop(when=e == epoch), logs))
+
+
+def fail_in(epoch: int) -> ant.Callback:
+    def on_epoch_begin(e: int, trainer: Any, state: Any, logs: Any) -> Any:
+        if e == epoch:
+            raise KeyboardInterrupt
+        return state, logs
+
+    return host("fail", on_epoch_begin=on_epoch_begin)
+
+
+@pytest.mark.parametrize("ending", [lambda: host("full"), lambda: stop_after(2), lambda: fail_in(3)])
+@pytest.mark.parametrize("options", [{"every_epochs": 2}, {"every_epochs": None}, {"every_seconds": 1e9}, {"every": 2}])
+def test_the_last_save_has_its_metric(options, ending, tmp_path):
+    callback = ant.callbacks.checkpoint(tmp_path, monitor="v", keep=10, **options)
+    a_trainer = trainer(publish([3.0, 2.0, 1.0]), callback, ending())
+    with contextlib.suppress(KeyboardInterrupt):
+        ends = "full" in [other.name for other in a_trainer.callbacks]
+        a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 3 if ends else 9)
+    with a_trainer.checkpointer(tmp_path, mode="min") as saved:
+        assert saved.best_step == saved.latest_step == 6
+
+
+def test_the_last_save_of_a_rarer_one_has_its_metric(tmp_path):
+    callback = ant.callbacks.every(ant.callbacks.checkpoint(tmp_path, monitor="v"), epochs=2)
+    a_trainer = trainer(publish([3.0, 2.0, 1.0]), callback)
+    a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 3)
+    with a_trainer.checkpointer(tmp_path, mode="min") as saved:
+        assert saved.steps == [4, 6] and saved.best_step == 6
+
+
+def test_the_last_save_is_of_the_end_of_its_epoch(tmp_path):
+    """So that the run, with more epochs, goes on from there as if it had not ended."""
+    one = lambda: [ant.callbacks.early_stopping("train_loss", restore_best=True), publish([0.0] * 4)]  # noqa: E731
+    a_trainer = trainer(*one(), ant.callbacks.checkpoint(tmp_path, every_epochs=2))
+    start = a_trainer.init(batches()[0])
+    a_trainer.fit(start, batches(2), 3)
+    resumed, _ = a_trainer.fit(start, batches(2), 4, resume=tmp_path)
+    whole = trainer(*one())
+    assert_bit_equal(whole.fit(whole.init(batches()[0]), batches(2), 4)[0], resumed)
+
+
+def test_an_unknown_monitor_raises_at_the_end_of_the_first_epoch_also_where_none_is_due(tmp_path):
+    a_trainer = trainer(ant.callbacks.checkpoint(tmp_path, monitor="v", every_epochs=3))
+    with pytest.raises(KeyError, match="there is no log named 'v'"):
+        a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 9)
+    assert steps_in(tmp_path) == [2]
 
 
 def test_every_batch_of_a_fused_run_is_saved_as_it_was(tmp_path):
