@@ -461,6 +461,8 @@ class Trainer:
         loaders = Loaders(train_loader, val_loader, steps_per_epoch, validation_steps, prefetch)
         if resume is not None:
             state = self._resumed(resume, state, train_loader)
+            if state.stop and state.epoch < num_epochs:
+                print_beside_bars(_how_to_go_on(state, resume))
         elif num_epochs <= state.epoch:
             _logger.warning(
                 "fit: nothing to do: the state has done %d epochs and num_epochs is %d, which counts from the very "
@@ -620,6 +622,15 @@ class Trainer:
                 f"trainer.{fact} is known only to host hooks, while fit runs; traced hooks cannot have it"
             )
         return self._run
+
+
+def _how_to_go_on(state: TrainState, directory: str | os.PathLike[str]) -> str:
+    """Say that a run was stopped before its last epoch, and how to train on."""
+    ends = f"after epoch {state.epoch}" if state.batch_idx == 0 else f"with epoch {state.epoch + 1}, which it is in"
+    return (
+        f"a callback asked the run to stop, so it ends {ends}; to train on, with more patience for example, leave out "
+        f"resume and give fit the state trainer.restore({os.fspath(directory)!r})"
+    )
 
 
 def _initial(

@@ -349,7 +349,39 @@ def test_a_run_that_stopped_by_itself_is_over_too(tmp_path, capsys):
     first = command()
     assert first.epoch == 1 and first.stop
     assert_bit_equal(command(), first)
-    assert "the run is over after epoch 1; nothing is trained" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the run is over after epoch 1; nothing is trained" in said
+    assert "a callback asked the run to stop, so it ends after epoch 1; to train on, with more patience for" in said
+
+
+def test_a_run_that_was_stopped_trains_on_as_it_is_told_as_if_it_had_not_been(tmp_path, capsys):
+    def made(patience: int, *more: ant.Callback) -> ant.Trainer:
+        return trainer(library.early_stopping("train_loss", patience=patience), *more, optimizer=optax.sgd(0.0))
+
+    first = made(1, library.checkpoint(tmp_path))
+    start, loader = first.init(batches(1)[0]), ant.ArrayLoader(data(), BATCH)
+    state, _ = first.fit(start, loader, 9)
+    patient = made(3, library.checkpoint(tmp_path))
+    again, _ = patient.fit(start, loader, 9, resume=tmp_path)
+    assert state.epoch == again.epoch < 5
+    assert f"leave out resume and give fit the state trainer.restore({str(tmp_path)!r})" in capsys.readouterr().out
+    end, history = patient.fit(patient.restore(tmp_path), loader, 9)
+    expected, whole = made(3).fit(start, loader, 9)
+    assert_bit_equal(end, expected)
+    assert history == whole and end.epoch > again.epoch
+    resumed, _ = patient.fit(start, loader, 9, resume=tmp_path)  # what was trained on is what the directory holds now
+    assert resumed.epoch == end.epoch
+
+
+def test_a_run_that_ends_with_its_window_says_so_when_it_goes_on(tmp_path, capsys):
+    stop = library.stop_at(1e9, "loss", per="batch")
+    a_trainer = trainer(stop, library.checkpoint(tmp_path, every=1, keep=9), gradient_accumulation_steps=2)
+    start = a_trainer.init(batches(1)[0])
+    end, _ = a_trainer.fit(start, batches(5), 2)
+    shutil.rmtree(tmp_path / f"step_{int(end.step)}")
+    again, _ = a_trainer.fit(start, batches(5), 2, resume=tmp_path)
+    assert_bit_equal(again, end)
+    assert "so it ends with epoch 1, which it is in; to train on" in capsys.readouterr().out
 
 
 def test_numbers_that_the_code_has_changed_win_over_those_of_the_file(tmp_path, caplog):
