@@ -57,8 +57,13 @@ class ArrayLoader:
         self._leaves: list[np.ndarray] = [canonical(as_numpy(leaf), "ArrayLoader") for leaf in leaves]
         lengths = {path: np.shape(leaf)[:1] for path, leaf in named_leaves(arrays).items()}
         if not lengths or () in lengths.values() or len(set(lengths.values())) > 1:
-            found = ", ".join(f"{path or 'arrays'}: {describe(leaf)}" for path, leaf in named_leaves(arrays).items())
-            raise ValueError(f"ArrayLoader: arrays must share the length of their first axis, got {found or 'none'}")
+            named = [f"{path or 'arrays'}: {describe(leaf)}" for path, leaf in named_leaves(arrays).items()]
+            more = f", and {len(named) - 8} more" if len(named) > 8 else ""
+            hint = "; make arrays of lists with np.asarray" if set(lengths.values()) == {()} else ""
+            raise ValueError(
+                f"ArrayLoader: arrays must share the length of their first axis, got "
+                f"{', '.join(named[:8]) or 'none'}{more}{hint}"
+            )
         self._examples = len(self._leaves[0])
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
             raise ValueError(f"ArrayLoader: seed must be a whole number from 0 on, got {seed!r:.200}")
@@ -102,7 +107,10 @@ class ArrayLoader:
 
     def _set_batch_size(self, batch_size: int) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
-            raise ValueError(f"ArrayLoader: batch_size must be a positive whole number, got {batch_size!r:.200}")
+            hint = (
+                "; several arrays go into one tuple, ArrayLoader((X, Y), batch_size=32)" if np.ndim(batch_size) else ""
+            )
+            raise ValueError(f"ArrayLoader: batch_size must be a positive whole number, got {batch_size!r:.200}{hint}")
         if self._examples < (batch_size if self.drop_last else 1):
             raise ValueError(
                 f"ArrayLoader: {self._examples} examples make no batch of {batch_size}"
@@ -242,8 +250,8 @@ def refuse_endless(loader: Any, name: str, argument: str) -> None:
 def refuse_arrays(loader: Any, name: str, pairs: bool) -> None:
     """Raise TypeError if arrays are given where a loader belongs, before their rows are taken for batches.
 
-    Arrays are iterables, too, whose items may be meant as batches. So only what cannot be meant so is refused: items
-    that are no pairs where batches are pairs, arrays of as many examples in different forms, a mapping, a table.
+    Arrays are iterables, too, whose items may be meant as batches. So only what cannot be meant so is refused: several
+    arrays of as many examples in different forms, one array where batches are pairs, a mapping, a table.
 
     Args:
         loader: to look at.
@@ -258,7 +266,7 @@ def refuse_arrays(loader: Any, name: str, pairs: bool) -> None:
         refused = pairs or hasattr(loader, "columns")  # a table's items are the names of its columns
     elif isinstance(loader, tuple | list) and 1 < len(loader) <= MOST_ARRAYS:
         given = ", ".join(map(_form_in_words, loader))
-        refused = _lengths_agree(loader) and not _may_be_batches(loader, pairs)
+        refused = _lengths_agree(loader) and not _may_be_batches(loader)
     else:
         return
     if refused:
@@ -269,8 +277,8 @@ def refuse_arrays(loader: Any, name: str, pairs: bool) -> None:
         )
 
 
-# A list of more items is none of inputs, targets and the like.
-MOST_ARRAYS = 4
+# Inputs, targets and weights; a longer list is meant as batches.
+MOST_ARRAYS = 3
 
 
 def _is_array(value: Any) -> bool:
@@ -302,9 +310,9 @@ def _lengths_agree(items: Sequence[Any]) -> bool:
     return len({len(array) for array in arrays}) == 1
 
 
-def _may_be_batches(items: Sequence[Any], pairs: bool) -> bool:
-    """Whether the items are of one form, as batches are, or pairs where those are asked for."""
-    if pairs and all(isinstance(item, tuple | list) and len(item) == 2 for item in items):
+def _may_be_batches(items: Sequence[Any]) -> bool:
+    """Whether the items are trees of arrays each, or all of one form, as batches are."""
+    if all(isinstance(item, tuple | list | Mapping) and not _is_list_of_numbers(item) for item in items):
         return True
     return len({_form_of(item) for item in items}) == 1
 

@@ -74,11 +74,26 @@ def test_array_loader_chunks_are_its_batches(drop_last, start):
         (np.zeros(3), {"batch_size": 0}, "batch_size must be a positive whole number, got 0"),
         (np.zeros(3), {"batch_size": 2.0}, "got 2.0"),
         (np.zeros(3), {"seed": -1}, "seed must be a whole number from 0 on, got -1"),
+        (np.zeros(3), {"seed": 0.5}, "seed must be a whole number from 0 on, got 0.5"),
+        (np.zeros(3), {"shuffle": "no"}, "shuffle must be True or False, got 'no'"),
+        (np.zeros(3), {"drop_last": 1}, "drop_last must be True or False, got 1"),
+        (
+            np.zeros(3),
+            {"batch_size": np.zeros(3)},
+            r"several arrays go into one tuple, ArrayLoader\(\(X, Y\), batch_size",
+        ),
+        ([0.0] * 20, {}, "0: Python float, .*, and 12 more; make arrays of lists with np.asarray"),
     ],
 )
 def test_array_loader_refuses(arrays, options, message):
     with pytest.raises(ValueError, match=message):
         ArrayLoader(arrays, **{"batch_size": 2, **options})
+
+
+def test_a_batch_size_may_be_numpys():
+    options: dict[str, Any] = {"batch_size": np.int64(2), "seed": np.int32(1), "shuffle": np.bool_(True)}
+    loader = ArrayLoader(np.zeros(4), **options)
+    assert len(loader) == 2 and type(loader.batch_size) is int
 
 
 def test_all_loaders_train_alike():

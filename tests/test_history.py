@@ -46,6 +46,15 @@ def test_plot():
     pyplot.close("all")
 
 
+def test_any_name_can_be_drawn():
+    from matplotlib.figure import Figure
+
+    names = ["$", "a$b$", "$\\frac$", "\n", "", "_"]
+    figure = Figure()
+    History([dict.fromkeys(names, 1.0)]).plot(ax=figure.subplots())
+    figure.draw_without_rendering()
+
+
 def test_repr_of_arrays_and_of_nothing():
     assert repr(History()) == "epoch"
     assert repr(History([{"v": np.zeros(3)}])) == "epoch           v\n    0  float64[3]"
