@@ -52,7 +52,10 @@ class Costs:
 
     @contextlib.contextmanager
     def told_when_slow(self) -> Iterator[None]:
-        """Say so (logger ``ant_jax``) when the training loader gives nothing for long, while the body runs."""
+        """Say so (logger ``ant_jax``) when the training loader gives nothing for long, while the body runs.
+
+        Said again when it has taken twice as long.
+        """
         over = threading.Event()
 
         def watch() -> None:
@@ -62,7 +65,9 @@ class Costs:
                 waited = 0.0 if began is None else time.perf_counter() - began
                 if waited > patience:
                     _logger.warning("train_loader has given nothing for %.0f s; the run waits for it", waited)
-                patience = SLOW_SECONDS if waited <= SLOW_SECONDS else max(patience, 2 * waited)
+                    patience = 2 * waited
+                elif waited <= SLOW_SECONDS:  # it is another batch that is waited for
+                    patience = SLOW_SECONDS
 
         watching = threading.Thread(target=watch, name="ant_jax-slow-loader", daemon=True)
         watching.start()

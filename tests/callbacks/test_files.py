@@ -6,7 +6,6 @@ import itertools
 import json
 import pathlib
 import threading
-import time
 from typing import Any
 
 import numpy as np
@@ -243,12 +242,18 @@ def test_a_column_that_cannot_be_added_costs_no_other_row(tmp_path, monkeypatch)
 
     def publish(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         if epoch == 1:
-            while not (path.exists() and rows_of(path)):  # the row of epoch 0 may be being written
-                time.sleep(0.001)
+            assert written.wait(timeout=60)  # the row of epoch 0 may be being written
             monkeypatch.setattr(_files, "replacing", fail_once)
         return state, {**logs, "late": 1.0} if epoch else logs
 
+    written, write = threading.Event(), _files._Table.write
+
+    def write_and_tell(*arguments: Any) -> None:
+        write(*arguments)
+        written.set()
+
     path = tmp_path / "log.csv"
+    monkeypatch.setattr(_files._Table, "write", write_and_tell)
     fit(host("publish", on_epoch_end=publish), ant.callbacks.tolerate(ant.callbacks.csv_log(path)), epochs=4)
     assert [(row["epoch"], "late" in row) for row in rows_of(path)] == [(0, False), (2, True), (3, True)]
 
@@ -257,10 +262,10 @@ def test_every_row_that_fails_is_a_failure_and_after_too_many_the_rest_is_left_o
     trained, given_up, tried, give_up = threading.Event(), threading.Event(), [], Writer._give_up
 
     def write(*arguments: Any) -> None:
-        trained.wait()
+        trained.wait(timeout=60)
         tried.append(arguments)
         if len(tried) > 2:  # it may have begun before the failures of the others are told
-            given_up.wait()
+            given_up.wait(timeout=60)
         raise OSError("the disk is full")
 
     def train_end(trainer: Any, state: Any, logs: Any) -> Any:
@@ -281,7 +286,8 @@ def test_every_row_that_fails_is_a_failure_and_after_too_many_the_rest_is_left_o
 
 def test_a_callback_that_cannot_write_holds_up_no_other(tmp_path, monkeypatch):
     """Rows of the table are written while the first line is not: the line waits for all of them."""
-    monkeypatch.setattr(_files._Lines, "write", lambda *arguments: written.wait())
+    in_time: list[bool] = []
+    monkeypatch.setattr(_files._Lines, "write", lambda *arguments: in_time.append(written.wait(timeout=20)))
     written, write = threading.Event(), _files._Table.write
 
     def write_and_tell(*arguments: Any) -> None:
@@ -291,7 +297,7 @@ def test_a_callback_that_cannot_write_holds_up_no_other(tmp_path, monkeypatch):
 
     monkeypatch.setattr(_files._Table, "write", write_and_tell)
     fit(ant.callbacks.json_log(tmp_path / "log"), ant.callbacks.csv_log(tmp_path / "log.csv"))
-    assert len(rows_of(tmp_path / "log.csv")) == 3
+    assert in_time == 3 * [True]
 
 
 def test_runs_leave_no_threads(tmp_path):
