@@ -481,3 +481,114 @@ def test_hooks_know_the_length_of_the_run():
 
 def test_model_pairs_are_taken_as_they_are():
     assert ant.pure_functions(LINEAR).apply is apply
+
+
+def test_what_host_callbacks_publish_is_a_mean_of_its_own_epoch():
+    """Weighted by the examples of each batch, and no number of an epoch counts in the next."""
+
+    def publish(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        value = 10.0 * state.epoch + batch_idx
+        return state, {**logs, "number": value, "vector": np.array([value, -value]), "array": logs["loss"] + value}
+
+    loader = batches(2) + batches(1, batch=3)
+    a_trainer = trainer(host("publish", on_batch_end=publish))
+    state, history = a_trainer.fit(a_trainer.init(loader[0]), loader, 3)
+    again, same_history = a_trainer.fit(a_trainer.init(loader[0]), loader, 1)
+    again, same_history = a_trainer.fit(again, loader, 3)
+    assert same_history == history and dict(state.on_host().published) == {}
+    for epoch, logs in enumerate(history):
+        expected = 10 * epoch + (0 * 8 + 1 * 8 + 2 * 3) / 19
+        assert logs["train_number"] == pytest.approx(expected)
+        np.testing.assert_allclose(logs["train_vector"], [expected, -expected])
+        assert logs["train_array"] == pytest.approx(expected + logs["train_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_run_that_goes_on_after_a_request_to_stop_closes_its_window_and_no_more(fuse, tmp_path):
+    asked: list[ant.TrainState] = []
+
+    def stop(batch_idx: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        return state.request_stop(when=batch_idx == 3), logs
+
+    def keep(trainer: Any, state: Any, logs: Any) -> Any:
+        if state.stop and state.batch_idx:
+            asked.append(state)
+        return state, logs
+
+    identity = lambda i, trainer, state, logs: (state, logs)  # noqa: E731
+    keeping = host("keep", on_batch_end=identity, on_checkpoint=keep)
+    traced = ant.Callback(name="stop", traced=True, on_batch_end=stop)
+    a_trainer = trainer(traced, keeping, gradient_accumulation_steps=3, fuse=fuse)
+    start = a_trainer.init(batches()[0])
+    whole, history = a_trainer.fit(start, batches(20), 2, batches(1))
+    assert (int(whole.step), whole.epoch, whole.window_open) == (6, 1, False)
+    assert [(state.batch_idx, bool(state.window_open)) for state in asked] == [(4, True), (5, True)]
+    for i, state in enumerate(list(asked)):
+        a_trainer.save(tmp_path / str(i), state)
+        end, again = a_trainer.fit(start, batches(20), 2, batches(1), resume=tmp_path / str(i))
+        assert_bit_equal(end, whole)
+        assert again == history and end.stop and end.epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("done", "seen"),
+    [
+        (1, [("begin", 2), ("end", 4, 3)]),
+        (2, [("begin", 2), ("end", 4, 3)]),
+        (3, [("end", 4, 2)]),
+        (4, [("end", 4, 1)]),
+        (5, []),
+    ],
+)
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_range_that_a_run_goes_on_before_in_or_after(done, seen, fuse):
+    """Its first batch is no middle, its last one no more inside; what a run had seen of it, this trainer has not."""
+    log: list[Any] = []
+
+    def begin(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        log.append(("begin", batch_idx))
+        return state, logs
+
+    def end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        log.append(("end", batch_idx, len(logs.window["loss"])))
+        return state, logs
+
+    kept: list[ant.TrainState] = []
+    keeper = trainer(host(on_batch_end=lambda i, t, state, logs: (kept.append(state), (state, logs))[1]))
+    keeper.fit(keeper.init(batches()[0]), batches(7), 1)
+    a_trainer = trainer(host(every=range(2, 5), on_batch_begin=begin, on_batch_end=end), fuse=fuse)
+    a_trainer.fit(kept[done - 1], batches(7), 1)
+    assert log == seen
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_traced_callbacks_run_in_the_order_of_the_list_at_every_hook(names):
+    """Each writes its letter behind those that are there."""
+
+    def writing(name: str) -> ant.Callback:
+        def hook_of(log: str) -> Any:
+            def hook(*arguments: Any) -> Any:
+                logs = arguments[-1]
+                written = jnp.asarray(logs[log] if log in logs else 0.0, jnp.float32)
+                return *arguments[len(arguments) - len(HOOKS[log].values) : -1], {
+                    **logs, log: 10.0 * written + 1.0 + "ab".index(name)
+                }  # fmt: skip
+
+            return hook
+
+        names = [*HOST_NAMES, *(hook for hook in HOOKS if HOOKS[hook].tree)]
+        hooks: Any = {hook: hook_of(hook) for hook in names if hook != "on_checkpoint"}
+        return ant.Callback(name=name, traced=True, **hooks)
+
+    seen: dict[str, Any] = {}
+
+    def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
+        seen.update({name.removeprefix("train_"): float(value) for name, value in logs.items()})
+        return state, logs
+
+    a_trainer = trainer(*map(writing, names), host(on_train_end=on_train_end))
+    a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 1, batches(1))
+    for loss in ("loss", "val_loss"):
+        del seen[loss]
+    assert set(seen) == {hook for hook in HOOKS if hook not in ("on_exception", "on_checkpoint")}
+    assert set(seen.values()) == {12.0 if names == "ab" else 21.0}

@@ -5,6 +5,7 @@ import itertools
 import logging
 import pathlib
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from problems import BATCH, adam, assert_bit_equal, batches, data, host, standar
 import ant_jax as ant
 from ant_jax import testing
 from ant_jax._checkpoint import read_arrays, steps_in
+from ant_jax._seal import Damage, unsealed
 
 
 library = ant.callbacks
@@ -823,3 +825,51 @@ def test_seconds(tmp_path):
     assert steps_in(tmp_path)[-1] == 8 and set(steps_in(tmp_path)) - {8} <= set(range(3, 8))
     with pytest.raises(ValueError, match="give either every=2 batches or every_seconds=1.0, not both"):
         library.checkpoint(tmp_path, every=2, every_seconds=1.0)
+
+
+def test_other_targets_alone_are_other_data(tmp_path):
+    inputs, targets = data(4 * BATCH)
+    loader, others = ant.ArrayLoader((inputs, targets), BATCH), ant.ArrayLoader((inputs, (targets + 1) % 3), BATCH)
+
+    def fail(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        if int(state.step) == 3:
+            raise RuntimeError("on purpose")
+        return state, logs
+
+    failing = trainer(library.checkpoint(tmp_path, every=2), host("fail", on_batch_end=fail))
+    start = failing.init(batches(1)[0])
+    with pytest.raises(RuntimeError, match="on purpose") as caught:
+        failing.fit(start, loader, 1)
+    a_trainer = trainer()
+    for state, options in ((getattr(caught.value, "train_state"), {}), (start, {"resume": tmp_path})):  # noqa: B009
+        with pytest.raises(ant.StateMismatch, match=r"train_loader has other data(.|\n)*\n  crc32: expected"):
+            a_trainer.fit(state, others, 1, **options)
+        same = ant.ArrayLoader((inputs.copy(), targets.copy()), BATCH)
+        assert a_trainer.fit(state, same, 1, **options)[0].epoch == 1
+
+
+def test_any_changed_digit_of_a_description_is_noticed_and_named(tmp_path):
+    a_trainer = trainer(library.ema(0.9))
+    state, _ = a_trainer.fit(a_trainer.init(batches(1)[0]), batches(2), 1)
+    a_trainer.save(tmp_path, state)
+    written = tmp_path / "step_2" / "host" / "metadata"
+    text = written.read_text()
+    digits = [i for i, character in enumerate(text) if character.isdecimal()]
+
+    def changed(at: int) -> str:
+        return text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]
+
+    unnoticed = 0
+    for at in digits:
+        try:
+            assert unsealed(changed(at)) == unsealed(text)  # the last digit of a float may make no other number
+            unnoticed += 1
+        except Damage as damage:
+            assert re.match("its description (is not as it was written|cannot be read)", str(damage))
+    assert unnoticed <= 1 < len(digits)
+    epoch = text.index('["epoch",1]') + len('["epoch",')
+    written.write_text(changed(epoch))
+    with pytest.raises(ant.CheckpointCorrupt, match="step 2 in .* is damaged: its description is not as it was wr"):
+        a_trainer.restore(tmp_path)
+    written.write_text(text)
+    assert_bit_equal(a_trainer.restore(tmp_path), state)

@@ -297,3 +297,37 @@ def test_column_and_row_are_not_broadcast_against_each_other(criterion):
 def test_the_classes_of_the_problem():
     assert batches()[0][0].shape == (BATCH, FEATURES)
     assert squares(jnp.zeros((2, CLASSES)), jnp.zeros(2, int)).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_every_micro_batch_draws_from_the_key_of_its_step(accumulate):
+    drawn: list[float] = []
+
+    def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+        outputs, _ = apply(params, {}, batch[0], key)
+        return cross_entropy(outputs, batch[1]).mean(), (model_state, {"drawn": jax.random.uniform(key)})
+
+    def look(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        drawn.extend(logs.window["drawn"].tolist())
+        return state, logs
+
+    options: dict[str, Any] = {"criterion": None, "loss_fn": loss_fn, "gradient_accumulation_steps": accumulate}
+    a_trainer = trainer(host(every=100, on_batch_end=look), **options)
+    start = a_trainer.init(batches()[0], seed=5)
+    state, _ = a_trainer.fit(start, batches(5), 2)
+    keys = [jax.random.fold_in(start.key, step) for step in range(10)]
+    assert drawn == [float(jax.random.uniform(key)) for key in keys] and len(set(drawn)) == 10
+    assert jax.random.key_data(state.key).tolist() == jax.random.key_data(start.key).tolist()
+
+
+def test_the_mean_of_the_loss_scale_is_over_all_batches_also_those_that_overflowed():
+    loader = [*batches(3), *batches(1, batch=4)]
+    loader[1] = (np.full_like(loader[1][0], 6e4), loader[1][1])  # its square overflows in float16
+    small = lambda outputs, targets: squares(outputs, targets) / 64  # noqa: E731
+    a_trainer = trainer(precision="float16", criterion=small)
+    state, history = a_trainer.fit(a_trainer.init(loader[0]), loader, 2)
+    scales = [2.0**16, 2.0**16, 2.0**15, 2.0**15], [2.0**15, 2.0**15, 2.0**14, 2.0**14]
+    for logs, of_epoch in zip(history, scales, strict=True):
+        assert logs["train_loss_scale"] == pytest.approx(np.average(of_epoch, weights=[8, 8, 8, 4]), rel=1e-6)
+        assert logs["train_step_skipped"] == np.float32(8 / 28)
+    assert state.loss_scale is not None and float(state.loss_scale.scale) == 2.0**14

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from problems import BATCH, assert_bit_equal, batches, data, host, trainer
+from problems import BATCH, Clock, assert_bit_equal, batches, data, host, trainer
 
 import ant_jax as ant
 
@@ -232,3 +232,26 @@ def test_two_in_one_trainer(tmp_path):
     a_trainer = trainer(*both)
     a_trainer.fit(a_trainer.init(batches()[0]), batches(1), 3)
     assert steps_in(tmp_path / "a") == steps_in(tmp_path / "b") == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("every_epochs", "kept"), [(1, [3, 4, 7, 8, 11, 12]), (None, [3, 6, 9, 12])], ids=["and epochs", "alone"]
+)
+def test_seconds_count_from_the_last_save_whatever_it_was_made_for(every_epochs, kept, tmp_path):
+    clock = Clock()
+    clock.now = 100.0  # the first save is so many seconds after the beginning of the run
+    saving = ant.callbacks.checkpoint(tmp_path, every_seconds=2.5, every_epochs=every_epochs, keep=20, clock=clock)
+    every_batch = ant.callbacks.every(saving, batches=1)
+    a_trainer = trainer(clock.passing(on_batch_end=1.0), every_batch, fuse=False)
+    a_trainer.fit(a_trainer.init(batches()[0]), batches(4), 3)
+    assert steps_in(tmp_path) == kept
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_of_equally_good_epochs_the_oldest_is_the_best(mode, tmp_path):
+    saving = ant.callbacks.checkpoint(tmp_path, keep=1, monitor="v", mode=mode, keep_best=2)
+    a_trainer = trainer(publish(5 * [1.0]), saving)
+    a_trainer.fit(a_trainer.init(batches()[0]), batches(1), 5)
+    assert steps_in(tmp_path) == [1, 2, 5]
+    with a_trainer.checkpointer(tmp_path, keep=1, keep_best=2, mode=mode) as saved:
+        assert saved.best_step == 1

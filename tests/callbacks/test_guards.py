@@ -361,3 +361,99 @@ def test_an_emptied_window_has_no_value_either():
     state, _ = a_trainer.fit(a_trainer.init(batches[0]), spoilt_batches, 1)
     losses = [float(loss_fn(state.params, state.model_state, batch, None)[0]) for batch in batches]
     np.testing.assert_allclose(state.opt_state, np.array([0.0, np.mean(losses[2:])]), rtol=1e-6)
+
+
+# --- roll_back
+
+REST = ("params", "opt_state", "model_state")
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["fused", "unfused"])
+def rolling(request) -> ant.Trainer:
+    return guarded(library.roll_back(every=3, times=2), fuse=request.param)
+
+
+def as_kept(a_trainer: ant.Trainer, start: ant.TrainState, loader: list[Any], batch: int | None) -> ant.TrainState:
+    """What there is to keep at a batch: the parameters before its update, the model state after its forward pass."""
+    if batch is None:
+        return start
+    before = a_trainer.fit(start, loader[:batch], 1)[0] if batch else start
+    _, (model_state, _) = loss_fn(before.params, before.model_state, loader[batch], None)
+    return before.replace(model_state=model_state)
+
+
+@pytest.mark.parametrize("spoil", [NAN, INFINITE, NO_GRADIENT], ids=["NaN", "infinite", "gradient"])
+@pytest.mark.parametrize(("bad", "kept"), [(0, None), (1, 0), (3, 0), (4, 3), (6, 3), (7, 6)])
+def test_it_goes_back_to_what_it_has_kept_and_on_with_what_follows(rolling, spoil, bad, kept):
+    """Every third batch it keeps what is there in `on_backward_end`, unless that batch is bad itself."""
+    loader = good(9)
+    start = rolling.init(loader[0])
+    state, history = rolling.fit(start, [*loader[:bad], spoilt(loader[bad], *spoil), *loader[bad + 1 :]], 1)
+    expected = as_kept(rolling, start, loader, kept)
+    expected, _ = rolling.fit(expected, loader[bad + 1 :], expected.epoch + 1)
+    assert_bit_equal(state, expected, *REST)
+    assert int(state.step) == 9 and not state.stop
+    assert history[0]["roll_backs"] == int(state.callback_states["roll_back"]["times"]) == 1
+    assert history[0]["train_step_skipped"] == pytest.approx(1 / 9)
+
+
+def test_what_it_keeps_is_that_of_every_so_many_batches(rolling):
+    loader = good(8)
+    start = state = rolling.init(loader[0])
+    for i, batch in enumerate(loader):
+        state, _ = rolling.train_step(state, batch)
+        kept = state.callback_states["roll_back"]["kept"]
+        assert sorted(kept) == sorted((*REST, "memories"))
+        expected = as_kept(rolling, start, loader, i - i % 3)
+        for field in REST:
+            there = jax.tree.leaves(kept[field]), jax.tree.leaves(getattr(expected, field))
+            np.testing.assert_array_equal(*there, err_msg=f"{field} at {i}")
+
+
+@pytest.mark.parametrize("what", ["params", "model_state"])
+def test_it_goes_back_from_what_an_update_or_a_hook_has_spoilt(what):
+    def spoil(batch_idx: Any, trainer: Any, state: Any, logs: Any) -> Any:
+        spoilt = jax.tree.map(lambda leaf: jnp.where(batch_idx == 3, jnp.inf, leaf), getattr(state, what))
+        return state.replace(**{what: spoilt}), logs
+
+    callback = ant.Callback(name="spoil", traced=True, on_batch_end=spoil)
+    a_trainer, loader = guarded(library.roll_back(every=1), callback), good(7)
+    start = a_trainer.init(loader[0])
+    state, history = a_trainer.fit(start, loader, 1)
+    expected = as_kept(a_trainer, start, loader, 3)  # what batch 3 made is lost, and batch 4 counts for nothing
+    expected, _ = a_trainer.fit(expected, loader[5:], 2)
+    assert_bit_equal(state, expected, *REST)
+    assert history[0]["roll_backs"] == 1
+
+
+@pytest.mark.parametrize("mean", ["examples", "steps"])
+def test_going_back_empties_the_window(mean):
+    """The window in which it goes back has no more than the gradients that follow, and closes where it would have."""
+    options: dict[str, Any] = {"gradient_accumulation_steps": 3, "accumulation_mean": mean}
+    a_trainer = guarded(library.roll_back(every=2), optimizer=optax.sgd(0.1), **options)
+    loader, steps = good(9), []
+    start = a_trainer.init(loader[0])
+    watch = host("watch", on_batch_end=lambda i, t, state, logs: (steps.append(state), (state, logs))[1])
+    watching = guarded(library.roll_back(every=2), watch, optimizer=optax.sgd(0.1), **options)
+    state, _ = watching.fit(start, [*loader[:4], spoilt(loader[4], *NO_GRADIENT), *loader[5:]], 1)
+    assert [bool(step.window_open) for step in steps] == 3 * [True, True, False]
+    assert float(optax.tree.norm(steps[4].accumulator.grads)) == 0 and int(steps[4].accumulator.examples) == 0
+    params = start.params  # kept at step 2, in the first window; at step 4 nothing is
+    for window in ([loader[5]], loader[6:]):
+        grads = [a_trainer.grad_step(start.replace(params=params), batch)[0] for batch in window]
+        divisor = 3 if mean == "steps" else len(window)
+        params = jax.tree.map(lambda p, *g, n=divisor: p - 0.1 * sum(g) / n, params, *grads)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), state.params, params)
+
+
+def test_once_too_often_ends_the_run_which_may_be_begun_again(rolling):
+    loader, bad = good(4), spoilt(good(1)[0], *NAN)
+    start = rolling.init(loader[0])
+    state, history = rolling.fit(start, [loader[0], bad, bad], 1)
+    assert history[0]["roll_backs"] == 2 and not state.stop
+    with pytest.raises(library.NonFiniteError, match="by batch 1 of epoch 1, .* had gone back 2 times") as caught:
+        rolling.fit(state, [loader[1], bad, loader[2]], 2)
+    state = caught.value.train_state  # pyright: ignore[reportAttributeAccessIssue]
+    assert (state.batch_idx, int(state.callback_states["roll_back"]["times"])) == (2, 3)
+    state, _ = rolling.fit(state, [loader[1], bad, bad], 2)
+    assert int(state.callback_states["roll_back"]["times"]) == 1  # it has begun to count anew

@@ -356,3 +356,34 @@ def test_the_average_that_was_judged_best_is_restored(chained):
         refusing = trainer(*callbacks)
         with pytest.raises(ValueError, match=message):
             refusing.fit(refusing.init(batches()[0]), batches(5), 1, batches(2))
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize(
+    ("values", "options", "stopped"),
+    [
+        # Below the baseline, but not by min_delta: the wait goes on, though each is the best so far.
+        ([9, 4.875, 4.875, 4.875], {"patience": 2, "baseline": 5, "min_delta": 0.25}, 2),
+        ([9, 4.75, 4.75, 4.75], {"patience": 2, "baseline": 5, "min_delta": 0.25}, 2),
+        ([9, 4.5, 4.5, 4.5], {"patience": 2, "baseline": 5, "min_delta": 0.25}, 3),
+    ],
+)
+def test_a_baseline_is_beaten_by_min_delta(values, options, stopped, mode):
+    sign = 1 if mode == "min" else -1
+    options = {**options, "baseline": sign * options["baseline"], "mode": mode}
+    assert stopped_at([sign * value for value in values], **options)[0] == stopped
+
+
+def test_inside_a_condition_the_time_between_two_runs_does_not_count():
+    """The hook that begins a run is left out, so that each run counts from its first look on."""
+    clock = Clock()
+    limited = library.when(lambda state, logs: "train_loss" in logs, library.time_limit(3.5, clock=clock))
+    a_trainer = trainer(clock.ticking("on_epoch_begin", 1.0), limited, fuse=False)
+    state = a_trainer.init(batches()[0])
+    for epochs, seconds in ((2, 1.0), (5, 3.0)):
+        clock.now += 1000
+        state, _ = a_trainer.fit(state, batches(1), epochs)
+        assert state.callback_states["time_limit"] == {"seconds": seconds} and not state.stop
+    clock.now += 1000
+    state, history = a_trainer.fit(state, batches(1), 20)
+    assert len(history) == 7 and state.callback_states["time_limit"] == {"seconds": 4.0}
