@@ -13,6 +13,7 @@ from problems import BATCH, LINEAR, adam, apply, assert_bit_equal, batches, cros
 
 import ant_jax as ant
 from ant_jax import HOOKS
+from ant_jax._pace import Pace
 
 
 HOST_NAMES = [name for name, hook in HOOKS.items() if not hook.tree and name != "on_exception"]
@@ -504,7 +505,9 @@ def test_what_host_callbacks_publish_is_a_mean_of_its_own_epoch():
 
 
 @pytest.mark.parametrize("fuse", [True, False])
-def test_a_run_that_goes_on_after_a_request_to_stop_closes_its_window_and_no_more(fuse, tmp_path):
+def test_a_run_that_goes_on_after_a_request_to_stop_closes_its_window_and_no_more(fuse, tmp_path, monkeypatch):
+    # As many steps a launch as there are.
+    monkeypatch.setattr(Pace, "steps", property(lambda pace: 10**6, lambda pace, steps: None), raising=False)
     asked: list[ant.TrainState] = []
 
     def stop(batch_idx: Any, trainer: Any, state: Any, logs: Any) -> Any:
@@ -518,16 +521,18 @@ def test_a_run_that_goes_on_after_a_request_to_stop_closes_its_window_and_no_mor
     identity = lambda i, trainer, state, logs: (state, logs)  # noqa: E731
     keeping = host("keep", on_batch_end=identity, on_checkpoint=keep)
     traced = ant.Callback(name="stop", traced=True, on_batch_end=stop)
-    a_trainer = trainer(traced, keeping, gradient_accumulation_steps=3, fuse=fuse)
+    options: dict[str, Any] = {"gradient_accumulation_steps": 3, "fuse": fuse}
+    a_trainer, without_looks = trainer(traced, keeping, **options), trainer(traced, **options)
     start = a_trainer.init(batches()[0])
     whole, history = a_trainer.fit(start, batches(20), 2, batches(1))
     assert (int(whole.step), whole.epoch, whole.window_open) == (6, 1, False)
     assert [(state.batch_idx, bool(state.window_open)) for state in asked] == [(4, True), (5, True)]
     for i, state in enumerate(list(asked)):
         a_trainer.save(tmp_path / str(i), state)
-        end, again = a_trainer.fit(start, batches(20), 2, batches(1), resume=tmp_path / str(i))
-        assert_bit_equal(end, whole)
-        assert again == history and end.stop and end.epoch == 1
+        for resuming in (a_trainer, without_looks):
+            end, again = resuming.fit(start, batches(20), 2, batches(1), resume=tmp_path / str(i))
+            assert_bit_equal(end, whole)
+            assert again == history and end.stop and end.epoch == 1
 
 
 @pytest.mark.parametrize(
@@ -592,3 +597,38 @@ def test_traced_callbacks_run_in_the_order_of_the_list_at_every_hook(names):
         del seen[loss]
     assert set(seen) == {hook for hook in HOOKS if hook not in ("on_exception", "on_checkpoint")}
     assert set(seen.values()) == {12.0 if names == "ab" else 21.0}
+
+
+def test_a_state_is_whole_for_those_that_have_looked():
+    """`on_checkpoint` comes for a callback after its own looks, and for all at the end of an epoch."""
+    log: list[Any] = []
+
+    def at(name: str) -> Any:
+        def on_checkpoint(trainer: Any, state: Any, logs: Any) -> Any:
+            log.append((name, state.epoch, state.batch_idx))
+            return state, logs
+
+        return on_checkpoint
+
+    identity = lambda i, trainer, state, logs: (state, logs)  # noqa: E731
+    looking = [host(name, every=n, on_batch_end=identity, on_checkpoint=at(name)) for name, n in (("a", 2), ("b", 3))]
+    a_trainer = trainer(*looking, host("never", on_checkpoint=at("never")))
+    a_trainer.fit(a_trainer.init(batches()[0]), batches(7), 1)
+    inside = [("a", 0, 2), ("b", 0, 3), ("a", 0, 4), ("a", 0, 6), ("b", 0, 6)]
+    assert log == [*inside, *((name, 1, 0) for name in ("a", "b", "never"))]
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("steps", [1, 3, 4, 5])
+def test_an_epoch_of_fewer_steps_has_the_first_batches_of_its_order(fuse, steps):
+    """Full batches and, when it is among them, the one that is cut short."""
+    loader = ant.ArrayLoader(data(4 * BATCH + 3), BATCH, seed=7)
+    a_trainer = trainer(fuse=fuse, optimizer=adam())
+    start = a_trainer.init(batches()[0])
+    state, history = a_trainer.fit(start, loader, 2, steps_per_epoch=steps)
+    expected = start
+    for epoch in range(2):
+        first = [batch for _, batch in zip(range(steps), loader.batches(epoch), strict=False)]
+        expected, same_history = a_trainer.fit(expected, first, epoch + 1)
+    assert_bit_equal(state, expected)
+    assert history == same_history and int(state.step) == 2 * steps

@@ -873,3 +873,20 @@ def test_any_changed_digit_of_a_description_is_noticed_and_named(tmp_path):
         a_trainer.restore(tmp_path)
     written.write_text(text)
     assert_bit_equal(a_trainer.restore(tmp_path), state)
+
+
+@pytest.mark.parametrize("items", [True, False])
+def test_of_the_steps_that_orbax_saved_the_newest_is_taken_or_the_one_that_is_asked_for(items, trained, tmp_path):
+    trees = {step: jax.tree.map(lambda leaf, n=step: leaf + n, variables_of(trained)) for step in (3, 12, 9)}
+    with ocp.CheckpointManager(tmp_path) as manager:
+        for step in sorted(trees):
+            tree = ocp.args.StandardSave(trees[step])
+            manager.save(step, args=ocp.args.Composite(model=tree) if items else tree)
+    fresh = net().init(batches(1)[0], seed=1)
+    for asked, step in ((None, 12), (3, 3), (9, 9)):
+        state = net().restore_params(tmp_path, fresh, asked, model_state=True)
+        assert_bit_equal(state, trained.replace(params=trees[step]["params"]), "params")
+        expected = {name: tree for name, tree in trees[step].items() if name != "params"}
+        assert_bit_equal(state, trained.replace(model_state=expected), "model_state")
+    with pytest.raises(FileNotFoundError, match="has no checkpoint of step 4 that Orbax could read; steps there: 3, 9"):
+        net().restore_params(tmp_path, fresh, 4)

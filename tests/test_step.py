@@ -331,3 +331,24 @@ def test_the_mean_of_the_loss_scale_is_over_all_batches_also_those_that_overflow
         assert logs["train_loss_scale"] == pytest.approx(np.average(of_epoch, weights=[8, 8, 8, 4]), rel=1e-6)
         assert logs["train_step_skipped"] == np.float32(8 / 28)
     assert state.loss_scale is not None and float(state.loss_scale.scale) == 2.0**14
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_batch_that_overflows_leaves_the_model_state_as_it_was(accumulate):
+    """Nothing of it stays: neither infinite statistics nor a count."""
+
+    def model(params: Any, model_state: Any, inputs: Any, key: Any) -> Any:
+        mean = model_state["mean"] + inputs.astype(jnp.float32).mean(0)
+        return apply(params, {}, inputs, key)[0], {"mean": mean, "seen": model_state["seen"] + 1}
+
+    initial = {"mean": jnp.zeros(FEATURES), "seen": jnp.int32(0)}
+    pair = (lambda key, inputs: (LINEAR[0](key, inputs)[0], initial)), model
+    small = lambda outputs, targets: squares(outputs, targets) / 64  # noqa: E731
+    options: dict[str, Any] = {"criterion": small, "precision": "float16", "gradient_accumulation_steps": accumulate}
+    a_trainer = trainer(model=pair, **options)
+    loader = batches(4)
+    loader[1] = (np.full_like(loader[1][0], 6e4), loader[1][1])
+    state, history = a_trainer.fit(a_trainer.init(loader[0]), loader, 1)
+    assert history[0]["train_step_skipped"] == 0.25 and int(state.model_state["seen"]) == 3
+    without = sum(np.asarray(loader[i][0], np.float16).astype(np.float32).mean(0) for i in (0, 2, 3))
+    np.testing.assert_allclose(state.model_state["mean"], without, rtol=1e-5, atol=1e-6)
