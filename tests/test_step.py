@@ -352,3 +352,31 @@ def test_a_batch_that_overflows_leaves_the_model_state_as_it_was(accumulate):
     assert history[0]["train_step_skipped"] == 0.25 and int(state.model_state["seen"]) == 3
     without = sum(np.asarray(loader[i][0], np.float16).astype(np.float32).mean(0) for i in (0, 2, 3))
     np.testing.assert_allclose(state.model_state["mean"], without, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "loss", "step_skipped", "loss_scale"])
+def test_a_log_of_the_trainers_own_is_refused(name):
+    def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+        return apply(params, {}, batch[0], key)[0].mean(), (model_state, {name: jnp.float32(1)})
+
+    a_trainer = trainer(criterion=None, loss_fn=loss_fn)
+    with pytest.raises(ValueError, match=f"loss_fn returned a log named '{name}', which the trainer writes itself"):
+        a_trainer.fit(a_trainer.init(batches()[0]), batches(1), 1)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_mean_of_values_of_low_precision_is_in_float32(dtype):
+    """In float16 the sum of these would overflow, and in bfloat16 the mean would be another one."""
+    metric = lambda outputs, targets: (60000 + 256 * targets).astype(dtype)  # noqa: E731
+    a_trainer = trainer(metrics={"metric": metric})
+    _, history = a_trainer.fit(a_trainer.init(batches()[0]), batches(1), 1)
+    values = np.asarray(jnp.asarray(60000 + 256 * batches(1)[0][1]).astype(dtype).astype(jnp.float32))
+    assert history[0]["train_metric"] == pytest.approx(values.mean(dtype=np.float64), rel=1e-6)
+
+
+def test_one_value_in_two_shapes_is_broadcast_to_nothing_else():
+    pair = (lambda key, x: ({"w": jnp.ones((FEATURES, 1))}, {}), lambda p, s, x, key: (x @ p["w"], s))
+    a_trainer = trainer(model=pair, criterion=lambda o, t: jnp.mean((o[:, 0] - t) ** 2))
+    loader = [(inputs[:1], targets[:1].astype(np.float32)) for inputs, targets in batches(2)]
+    state, _ = a_trainer.fit(a_trainer.init(loader[0]), loader, 1)
+    assert int(state.step) == 2
