@@ -95,3 +95,34 @@ def test_a_run_does_not_wait_for_the_launches_of_one_that_failed(device):
     pace.launched(1, Failed())  # type: ignore[arg-type]
     pace = pace.of_next_run()
     train(pace, device, 10)
+
+
+def test_a_slow_moment_halves_launches_and_no_more(groups, monkeypatch):
+    device = Device(1e-5)
+    monkeypatch.setattr(_pace, "time", device)
+    pace = Pace(0)
+    before = train(pace, device, 200)[-1]
+    device.done_at += 1000 * LAUNCH_SECONDS  # something else has the device
+    pace.launched(before, device.launch(before))
+    for _ in range(3):
+        steps = pace.steps
+        pace.launched(pace.steps, device.launch(pace.steps))
+        assert steps // 2 <= pace.steps
+    assert before // 16 <= pace.steps < before
+
+
+def test_so_many_groups_are_under_way_before_one_is_waited_for_and_a_run_begins_with_none(groups, monkeypatch):
+    device = Device(1.0)
+    monkeypatch.setattr(_pace, "time", device)
+    pace = Pace(step_bytes=groups[1] // 4)  # a group is complete at four steps
+    pace.steps = 10**6
+    for _ in range(2):
+        begun = device.now
+        for launched in range(1, 4 * (MAX_IN_FLIGHT + 1) + 1):
+            pace.launched(1, device.launch(1))
+            assert (device.now > begun) == (launched == 4 * (MAX_IN_FLIGHT + 1))
+        pace.steps = 10**6
+        device.now = device.done_at
+        pace.launched(1, device.launch(1))
+        pace.begin()
+        device.now = device.done_at
