@@ -19,7 +19,8 @@ from ant_jax._state import HostFields
 def test_every_field_of_a_state_is_saved():
     """Whoever adds a field decides how it is saved."""
     fields = {field.name for field in dataclasses.fields(ant.TrainState)}
-    assert fields == {*FIELDS, "callback_states", "stop", "host", "skip"}  # nothing asks to skip between steps
+    inside_the_step = {"skip", "objective"}
+    assert fields == {*FIELDS, "callback_states", "stop", "host", *inside_the_step}
     host_fields = set(HostFields._fields)
     assert host_fields == {*HOST_FIELDS, "history", "published", "windows", "loader"}
 
