@@ -106,8 +106,9 @@ class Loop:
         self._place: Place | None = host.loader
         self._reader: Reader | None = None
         if not isinstance(loaders.train, ArrayLoader):
-            same = host.batch_idx > 0 or host.data == description_of(loaders.train)
-            place = host.loader if same else None
+            # An iterator's length may be what is left of it, and so says nothing of its data.
+            is_same = host.batch_idx > 0 or isinstance(loaders.train, Iterator)
+            place = host.loader if is_same or host.data == description_of(loaders.train) else None
             self._reader = Reader(loaders.train, "train_loader", loaders.steps_per_epoch, place)
         self._rows: dict[Any, int | None] = {}  # of every program's chunks: kept, since others would compile
         self._live = Live(state.replace(host=_without_places(host)), events.device_names)

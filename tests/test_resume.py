@@ -228,6 +228,21 @@ def test_an_iterator_may_give_the_state_that_it_goes_on_with():
     testing.check_resume(a_trainer, Reusing(), 2, state=a_trainer.init(batches(1)[0]), steps_per_epoch=5)
 
 
+class Shrinking(Reusing):
+    """One whose length is what is left of it."""
+
+    def __len__(self) -> int:
+        return 12 - self._state["next"]
+
+
+def test_between_epochs_an_iterator_is_put_back_whatever_it_says_of_its_length():
+    a_trainer = trainer()
+    start = a_trainer.init(batches(1)[0])
+    half, _ = a_trainer.fit(start, Shrinking(), 1, steps_per_epoch=5)
+    state, _ = a_trainer.fit(half, Shrinking(), 2, steps_per_epoch=5)
+    assert_bit_equal(state, a_trainer.fit(start, batches(12)[:10], 1)[0], "params")
+
+
 def test_fewer_steps_per_epoch_than_are_done_are_refused():
     def fail(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
         raise RuntimeError("on purpose")
