@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import time
 from typing import NamedTuple
 
@@ -42,14 +43,13 @@ class Pace:
 
     Args:
         step_bytes: of the batch of a step.
-        steps: to begin with.
 
     Attributes:
         steps: of the next launch, at most; found by doubling until they take ``LAUNCH_SECONDS``.
     """
 
-    def __init__(self, step_bytes: int, steps: int = 1):
-        self.steps, self._step_bytes = steps, step_bytes
+    def __init__(self, step_bytes: int):
+        self.steps = 1
         seconds, size = GROUPS.get(jax.default_backend(), OTHER_GROUPS)
         self._group, self._most_steps = seconds / LAUNCH_SECONDS, size / max(1, step_bytes)
         self._new_steps = 0
@@ -57,7 +57,9 @@ class Pace:
 
     def of_next_run(self) -> Pace:
         """Return one for another run: it begins with what was learnt, and without launches, which may have failed."""
-        return Pace(self._step_bytes, self.steps)
+        pace = copy.copy(self)
+        pace._new_steps, pace._under_way = 0, collections.deque()
+        return pace
 
     def launched(self, steps: int, log: jax.Array) -> None:
         """Note a launch of so many steps, and one of its logs.

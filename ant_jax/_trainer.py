@@ -53,6 +53,10 @@ _logger = logging.getLogger("ant_jax")
 class Trainer:
     """Trains a model: an immutable :class:`TrainState` goes in and comes out.
 
+    A trainer never changes. Threads may share one, and a hook may call ``fit`` of its own; what callbacks write, a run
+    at the same time writes elsewhere. It can be copied and, where its parts can be, pickled; what is compiled stays
+    behind.
+
     Args:
         model: a ``flax.linen.Module``, a ``flax.nnx.Module``, or a pair of pure functions ``(init, apply)``; see
             :func:`pure_functions`.

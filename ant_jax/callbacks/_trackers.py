@@ -107,8 +107,8 @@ def mlflow(
     """Log the scalars of the logs to MLflow.
 
     On the host, in the background; the MLflow run is found or made in ``on_train_begin``, as its id is remembered from
-    then on. A run that goes on goes on with the same MLflow run, which ends as ``FINISHED``, ``FAILED`` or, after
-    Ctrl-C, ``KILLED``.
+    then on. A run that goes on goes on with the same MLflow run, and runs at the same time have one each; it ends as
+    ``FINISHED``, ``FAILED`` or, after Ctrl-C, ``KILLED``.
 
     MLflow waits for minutes for a server that is down. Inside ``tolerate`` it does not: a request is tried three times,
     for 5 seconds each, unless the environment variables ``MLFLOW_HTTP_REQUEST_MAX_RETRIES`` and
@@ -186,8 +186,13 @@ class _Events:
         self._writer.add_event(_message(event_pb2, "Event")(wall_time=time.time(), **fields))
 
 
-_wandb_runs: set[_Wandb] = set()  # those that are open
+_open_ids: set[str] = set()  # of the runs of W&B and MLflow that this process has open
 _opening = threading.Lock()
+
+
+def _known_id(memory: Any) -> str | None:
+    """The id of the run to go on with; none while another run, whose state this one was given, has it open."""
+    return None if memory["run_id"] in _open_ids else memory["run_id"]
 
 
 class _Wandb:
@@ -202,14 +207,15 @@ class _Wandb:
         import wandb
 
         del epoch, step
-        known = {} if memory["run_id"] is None else {"id": memory["run_id"]}
         shorter = is_borne() and "WANDB_INIT_TIMEOUT" not in os.environ
         settings = {"settings": {"init_timeout": 15}} if shorter else {}
         with _opening:
-            # By default W&B gives a run that is open to whoever asks for one.
-            another = {"reinit": "create_new"} if _wandb_runs else {}
+            # By default W&B returns a run that is open when it is asked for one.
+            another = {"reinit": "create_new"} if _open_ids else {}
+            run_id = _known_id(memory)
+            known = {} if run_id is None else {"id": run_id}
             self._run = wandb.init(**{**settings, **another, **self._arguments, **known})
-            _wandb_runs.add(self)
+            _open_ids.add(self._run.id)
         return {"run_id": self._run.id}
 
     def write(self, record: Mapping[str, Any], epoch: int, step: int) -> None:
@@ -221,7 +227,7 @@ class _Wandb:
         try:
             self._run.finish(exit_code=0 if error is None else 1)
         finally:
-            _wandb_runs.discard(self)
+            _open_ids.discard(self._run.id)
 
 
 class _Mlflow:
@@ -243,14 +249,16 @@ class _Mlflow:
             os.environ.update({variable: _SHORTER[variable] for variable in self._set})
         try:
             client = MlflowClient(tracking_uri=self._uri)
-            if memory["run_id"] is None:
-                self._run_id, there = self._begun(client), ()
-            else:
-                self._run_id = memory["run_id"]
-                client.update_run(self._run_id, status="RUNNING")
-                there = client.get_run(self._run_id).data.metrics
+            with _opening:
+                known = _known_id(memory)
+                self._run_id = self._begun(client) if known is None else known
+                if known is not None:
+                    client.update_run(self._run_id, status="RUNNING")
+                _open_ids.add(self._run_id)
+            there = () if known is None else client.get_run(known).data.metrics
             self._names = _Names(_mlflow_name, there, folders=False)
         except BaseException:
+            _open_ids.discard(self._run_id)
             self._unset()
             raise
         self._client = client
@@ -273,6 +281,7 @@ class _Mlflow:
             try:
                 client.set_terminated(self._run_id, status=status)
             finally:
+                _open_ids.discard(self._run_id)
                 self._unset()
 
     def _begun(self, client: Any) -> str:

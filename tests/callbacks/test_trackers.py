@@ -15,6 +15,21 @@ import ant_jax as ant
 from ant_jax.callbacks._trackers import _mlflow_name, _Names
 
 
+def nested(log: ant.Callback) -> tuple[list[str], ant.TrainState]:
+    """Train two epochs, and at the end of each another run from there; returns the ids of those, and the last state."""
+    ids: list[str] = []
+
+    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        if trainer.num_epochs == 2:
+            inner, _ = trainer.fit(state.replace(stop=False), [batches(1)[0]] * 6, epoch + 3)
+            ids.append(inner.callback_states[log.name]["run_id"])
+        return state, logs
+
+    outer = trainer(log, host("nests", on_epoch_end=on_epoch_end))
+    state, _ = outer.fit(outer.init(batches()[0]), batches(4), 2, batches(1))
+    return ids, state
+
+
 def fit(*callbacks: ant.Callback, epochs: int = 2, state: Any = None) -> ant.TrainState:
     a_trainer = trainer(*callbacks)
     return a_trainer.fit(state or a_trainer.init(batches()[0]), batches(4), epochs, batches(1))[0]
@@ -37,6 +52,18 @@ def test_tensorboard_reads_what_was_logged_and_forgets_what_is_done_again(tmp_pa
     assert [event.step for event in events.Scalars("val_loss")] == [4, 8, 12]
     read = [event.value for event in events.Scalars("train_loss")]
     np.testing.assert_allclose(read, whole.history.to_dict()["train_loss"], rtol=1e-6)
+
+
+def test_a_run_in_a_hook_has_an_mlflow_run_of_its_own(tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = str(tmp_path / "mlruns")
+    ids, state = nested(ant.callbacks.mlflow("digits", tracking_uri=uri))
+    client, own = MlflowClient(uri), state.callback_states["mlflow"]["run_id"]
+    assert len({own, *ids}) == 3
+    assert [metric.step for metric in client.get_metric_history(own, "train_loss")] == [4, 8]
+    assert {client.get_run(run_id).info.status for run_id in (own, *ids)} == {"FINISHED"}
 
 
 def test_mlflow_reads_what_was_logged_and_a_run_goes_on(tmp_path, monkeypatch):
@@ -234,6 +261,14 @@ def test_tensorboard_gives_every_log_a_tag_of_its_own(tmp_path):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert len(events.Tags()["scalars"]) == len(state.history[0])
+
+
+def test_a_run_in_a_hook_has_a_wandb_run_of_its_own(offline):
+    ids, state = nested(ant.callbacks.wandb("digits"))
+    own = state.callback_states["wandb"]["run_id"]
+    assert len({own, *ids}) == 3
+    assert len([row for row in wandb_rows(offline) if "val_loss" in row]) == 2  # inner runs have none
+    assert {path.name.rpartition("-")[2] for path in offline.glob("wandb/offline-run-*")} == {own, *ids}
 
 
 def test_wandb_waits_less_for_its_server_where_its_failures_are_borne(monkeypatch):
