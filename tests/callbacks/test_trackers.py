@@ -21,7 +21,7 @@ def nested(log: ant.Callback) -> tuple[list[str], ant.TrainState]:
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         if trainer.num_epochs == 2:
-            inner, _ = trainer.fit(state.replace(stop=False), [batches(1)[0]] * 6, epoch + 3)
+            inner, _ = trainer.fit(state.replace(stop=False), batches(4), epoch + 3)
             ids.append(inner.callback_states[log.name]["run_id"])
         return state, logs
 
