@@ -16,7 +16,7 @@ from ant_jax._engine import form_of
 from ant_jax._events import Events, initial_memories
 from ant_jax._live import DevicePart, device_part
 from ant_jax._state import Accumulator, HostFields, StateMismatch, TrainState, refuse_mismatch, strong
-from ant_jax._trees import PyTree, describe, named_leaves
+from ant_jax._trees import PyTree, describe, describe_tree, named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Beginning:
             step=jnp.zeros((), jnp.int32),
             params=params,
             model_state=model_state,
-            opt_state=jax.tree.map(strong, self.optimizer.init(params)),
+            opt_state=jax.tree.map(strong, self._optimizer_state(params)),
             key=key,
             accumulator=self._empty_window(params),
             loss_scale=self._initial_scale(),
@@ -71,6 +71,13 @@ class Beginning:
             host=HostFields(),
             cycle=jnp.zeros((), jnp.int32),
         )
+
+    def _optimizer_state(self, params: PyTree) -> Any:
+        try:
+            return self.optimizer.init(params)
+        except Exception as error:
+            error.add_note(f"in the optimizer's init, called with parameters {describe_tree(params)}")
+            raise
 
     def part(self, state: TrainState) -> DevicePart:
         """Return what a step needs of a state."""

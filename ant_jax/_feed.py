@@ -21,6 +21,7 @@ from ant_jax.data import (
     aligned_empty,
     batch_size_of,
     canonical_leaf,
+    flattened,
     length_of,
     refuse_bad_length,
     refuse_empty,
@@ -128,6 +129,9 @@ class Feed:
             self._take_as_first(*next(self._batches))
         except StopIteration:
             raise NoBatches(self._nothing()) from None
+        except Exception as error:
+            error.add_note(f"in the first batch of {name} in epoch {epoch}")
+            raise
         refuse_empty(self.first, self._which(start))
 
     def _where(self) -> Place | None:
@@ -309,7 +313,7 @@ class _Form(NamedTuple):
 
 
 def _leaves_of(batch: PyTree, name: str) -> tuple[list[Any], _Form]:
-    leaves, treedef = jax.tree.flatten(batch)
+    leaves, treedef = flattened(batch, name)
     leaves = [canonical_leaf(leaf, name) for leaf in leaves]
     return leaves, _Form(treedef, [(leaf.shape, leaf.dtype) for leaf in leaves])
 

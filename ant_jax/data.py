@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ant_jax._trees import PyTree, describe, describe_tree, named_leaves
+from ant_jax._trees import PyTree, describe, describe_tree, named_leaves, refuse_unsortable
 
 
 class BatchError(ValueError):
@@ -358,7 +358,27 @@ def canonical(batch: PyTree, name: str = "batch") -> PyTree:
     >>> canonical((np.array([1, 2]), np.array([0.5])))
     (array([1, 2], dtype=int32), array([0.5], dtype=float32))
     """
-    return jax.tree.map(lambda leaf: canonical_leaf(leaf, name), batch)
+    leaves, treedef = flattened(batch, name)
+    return jax.tree.unflatten(treedef, [canonical_leaf(leaf, name) for leaf in leaves])
+
+
+def flattened(batch: PyTree, name: str) -> tuple[list[Any], Any]:
+    """Return the leaves of a batch and their structure.
+
+    Raises:
+        TypeError: it is no pytree; the message names the loader.
+
+    >>> flattened({"x": 1, 0: 2}, "train_loader")
+    Traceback (most recent call last):
+    ...
+    TypeError: train_loader: a batch is no pytree: the keys of a dict in it cannot be sorted, as when some are str and \
+some int
+    """
+    try:
+        return jax.tree.flatten(batch)
+    except (TypeError, ValueError):
+        refuse_unsortable(f"{name}: a batch", batch)
+        raise
 
 
 _COMPUTED_WITH = frozenset(np.dtype(name) for name in ("float32", "int32", "uint8", "bool"))

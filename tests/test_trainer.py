@@ -236,6 +236,22 @@ def test_a_loader_is_no_batch():
         trainer().init(ant.ArrayLoader((X, Y), BATCH))
 
 
+@pytest.mark.parametrize("batch", [{"a": X, 3: Y}, ["text"]], ids=["keys", "text"])
+def test_the_first_batch_that_is_none_is_placed(batch):
+    start = BY_LOSS.init(X)
+    with pytest.raises((TypeError, ant.BatchError)) as caught:
+        BY_LOSS.fit(start, [batch], 1)
+    assert "in the first batch of train_loader in epoch 0" in caught.value.__notes__
+
+
+def test_an_error_in_the_optimizers_init_names_the_parameters():
+    labels = {"bias": "a", "kernel": "missing"}
+    a_trainer = trainer(optimizer=optax.partition({"a": optax.sgd(0.1)}, labels))
+    with pytest.raises(ValueError, match="missing") as caught:
+        a_trainer.init(batches()[0])
+    assert "in the optimizer's init, called with parameters bias: float32[3], kernel" in caught.value.__notes__[-1]
+
+
 @pytest.mark.parametrize("leaf", [np.arange(3), np.ones(3, bool), jax.random.key(0)], ids=["int", "bool", "key"])
 def test_a_parameter_without_a_gradient_is_named(leaf):
     def init(key: Any, inputs: Any) -> Any:

@@ -326,7 +326,9 @@ class _Names:
 
     def given(self, record: Mapping[str, float]) -> dict[str, float]:
         """Return the record under the names."""
-        for log in sorted(record.keys() - self._names.keys()):  # a folder before what is in it
+        new = record.keys() - self._names.keys()
+        # Those that the tracker takes as they are come first, and a folder before what is in it.
+        for log in sorted(new, key=lambda log: (self._taken_as(log) != log, log)):
             self._names[log] = self._chosen(log)
         return {self._names[log]: value for log, value in record.items()}
 
