@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
-import jax
-import jax.numpy as jnp
 
 from ant_jax._trees import PyTree, describe_tree
 
@@ -27,42 +24,68 @@ class PureModel(NamedTuple):
     apply: Callable[[PyTree, PyTree, Any, chex.PRNGKey | None], tuple[PyTree, PyTree]]
 
 
-def pure_functions(model: Any) -> PureModel:
+def pure_functions(
+    model: Any, *, train: Mapping[str, Any] | None = None, evaluate: Mapping[str, Any] | None = None
+) -> PureModel:
     """Turn a model into a pair of pure functions.
+
+    A Flax module is told its mode by the arguments of its ``__call__`` that have a usual name: ``train``, ``training``,
+    ``is_training``, ``is_train``, ``enable_dropout`` and ``update_stats`` are True in training, ``deterministic``,
+    ``use_running_average``, ``eval``, ``is_eval``, ``eval_mode``, ``evaluating`` and ``inference`` in evaluation. They
+    are found through transforms (``nn.remat``), and through ``**kwargs`` where a module has one module inside. A model
+    that has dropout, or batch statistics, which do nothing in training is refused where an argument that was left at
+    its default may be the reason.
 
     Args:
         model: one of
 
-            - a ``flax.linen.Module``. If its ``__call__`` has a parameter named ``train`` or ``training``, it is passed
-              True in training; one named ``deterministic``, True in evaluation. All its random streams
-              (``make_rng``) are there in training.
+            - a ``flax.linen.Module``. Fields of it that have one of these names, and hold a bool, are set as well. All
+              its random streams (``make_rng``) are there in training.
             - a ``flax.nnx.Module``, with its parameters already made, which a seed given to ``Trainer.init`` does not
-              change. ``nnx.Param`` is trained, the rest is model state; random streams restart from the step's key at
-              every step.
+              change. ``nnx.Param`` is trained (a Variable type of your own can subclass it), the rest is model state.
+              It trains in the mode that it is handed over in, so that a part of it that is in ``eval()`` stays
+              in it, and is evaluated in ``eval()``. Its random streams restart from the step's key at every step; in
+              evaluation they are those that the module has. What it writes to a ``Param`` in its call is kept.
             - a pair ``(init, apply)`` with the signatures of :class:`PureModel`, returned as it is. It covers Equinox,
               Haiku and plain JAX.
+        train: the keyword arguments of a Flax module's call in training, in place of those that its names tell; ``{}``
+            for a model that is as it should be without any.
+        evaluate: the same in evaluation.
 
     Returns:
         The pair.
 
     Raises:
-        TypeError: the model is none of these.
+        TypeError: the model is none of these, or a pair with ``train`` or ``evaluate``.
 
+    >>> import jax, jax.numpy as jnp
     >>> from flax import linen as nn
     >>> model = pure_functions(nn.Dense(2))
     >>> params, model_state = model.init(jax.random.key(0), jnp.ones((1, 3)))
     >>> outputs, _ = model.apply(params, model_state, jnp.ones((5, 3)), None)
     >>> outputs.shape
     (5, 2)
+    >>> class Net(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, inputs, mode):
+    ...         return nn.Dropout(0.5, deterministic=mode == "test")(inputs)
+    >>> model = pure_functions(Net(), train={"mode": "fit"}, evaluate={"mode": "test"})
+    >>> model.apply({}, {}, jnp.ones(3), None)[0]
+    Array([1., 1., 1.], dtype=float32)
     """
     # Flax's two front ends are heavy to import and users have imported theirs already, to make the model.
     from flax import linen, nnx
 
+    from ant_jax._linen import from_linen
+    from ant_jax._nnx import from_nnx
+
     if isinstance(model, linen.Module):
-        return _from_linen(model)
+        return PureModel(*from_linen(model, train, evaluate))
     if isinstance(model, nnx.Module):
-        return _from_nnx(model)
+        return PureModel(*from_nnx(model, train, evaluate))
     if isinstance(model, tuple) and len(model) == 2 and all(map(callable, model)):
+        if train is not None or evaluate is not None:
+            raise TypeError("train and evaluate are arguments of a Flax module's call; a pair's apply has its key")
         return PureModel(*model)
     hint = "; make an instance of it" if isinstance(model, type) else ""
     raise TypeError(
@@ -80,7 +103,8 @@ def initialized(model: PureModel, call: Callable[..., Any], key: chex.PRNGKey, i
         error.add_note(
             f"in the model's init, called with inputs {describe_tree(inputs)}. A model's inputs are the first of a "
             f"pair (inputs, targets), or else the whole batch; to read a batch in another way give the Trainer a pair "
-            f"of functions (init, apply), see ant_jax.pure_functions"
+            f"of functions (init, apply), see ant_jax.pure_functions, which also takes arguments of the model's own "
+            f"that say whether it trains"
         )
         raise
     if not isinstance(result, tuple) or len(result) != 2:
@@ -100,68 +124,3 @@ def applied(
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"the model's apply must return (outputs, model_state), got {describe_tree(result)}")
     return result
-
-
-def _from_linen(model: Any) -> PureModel:
-    parameters = inspect.signature(type(model).__call__).parameters
-
-    def mode(train: bool) -> dict[str, bool]:
-        flags = {"train": train, "training": train, "deterministic": not train}
-        return {name: value for name, value in flags.items() if name in parameters}
-
-    def init(key: chex.PRNGKey, inputs: Any) -> tuple[PyTree, PyTree]:
-        variables = dict(model.init(key, inputs, **mode(train=False)))
-        return variables.pop("params", {}), variables
-
-    def apply(params: PyTree, model_state: Any, inputs: Any, key: chex.PRNGKey | None) -> tuple[PyTree, PyTree]:
-        variables = {"params": params, **model_state}
-        if key is None:
-            return model.apply(variables, inputs, **mode(train=False)), model_state
-        rngs = {"params": key}  # linen takes the streams that are not given, "dropout" for one, from this one
-        outputs, updates = model.apply(variables, inputs, rngs=rngs, mutable=list(model_state), **mode(train=True))
-        return outputs, {**model_state, **updates}
-
-    return PureModel(init, apply)
-
-
-def _from_nnx(model: Any) -> PureModel:
-    from flax import nnx
-
-    def split(train: bool) -> tuple[Any, ...]:
-        copy = nnx.clone(model)
-        copy.train() if train else copy.eval()
-        return nnx.split(copy, nnx.Param, nnx.RngState, ...)
-
-    definitions = {train: split(train)[0] for train in (True, False)}
-    _, template, rng_state, rest_template = split(train=False)
-
-    def filled(state: Any, values: Any) -> Any:
-        state = jax.tree.map(lambda leaf: leaf, state)  # a copy: nnx fills states in place
-        nnx.replace_by_pure_dict(state, values)
-        return state
-
-    def init(key: chex.PRNGKey, inputs: Any) -> tuple[PyTree, PyTree]:
-        del key, inputs  # The module made its parameters itself.
-        return nnx.to_pure_dict(template), nnx.to_pure_dict(rest_template)
-
-    def apply(params: PyTree, model_state: PyTree, inputs: Any, key: chex.PRNGKey | None) -> tuple[PyTree, PyTree]:
-        streams = rng_state if key is None else _restarted(rng_state, key)
-        module = nnx.merge(
-            definitions[key is not None], filled(template, params), streams, filled(rest_template, model_state)
-        )
-        outputs = module(inputs)
-        if key is None:
-            return outputs, model_state
-        return outputs, nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState))))
-
-    return PureModel(init, apply)
-
-
-def _restarted(rng_state: Any, key: chex.PRNGKey) -> Any:
-    """Start every random stream from a key of its own, derived from ``key``, and its counter from zero."""
-    leaves, treedef = jax.tree.flatten(rng_state)
-    restarted = [
-        jax.random.fold_in(key, position) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.zeros_like(leaf)
-        for position, leaf in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(treedef, restarted)

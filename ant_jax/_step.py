@@ -10,11 +10,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
 from ant_jax._branches import run_if
+from ant_jax._broadcasts import stretches
 from ant_jax._events import Events
 from ant_jax._judging import is_number
 from ant_jax._logs import Logs
+from ant_jax._model_state import WRITTEN_PARAMS, with_form_of, without_written
 from ant_jax._models import PureModel, applied
 from ant_jax._objective import Objective, transformed
 from ant_jax._state import CYCLE, Accumulator, TrainState
@@ -86,21 +89,35 @@ class Step:
             The state with the new model state and loss scale; the gradients, unscaled and in float32; the logs; and
             whether all gradients are finite, ``None`` when nobody scales the loss.
         """
+        _refuse_nothing_to_train(state.params, state.model_state)
         key = jax.random.fold_in(state.key, state.step)
+        replacing, rest = _split_replaced(state.model_state)
 
-        def loss_of(params: PyTree) -> tuple[Any, tuple[Any, Mapping[str, Any]]]:
-            return self.loss_fn(params, state.model_state, batch, key)
+        def loss_of(variables: tuple[PyTree, PyTree]) -> tuple[Any, tuple[Any, Mapping[str, Any]]]:
+            params, replacing = variables
+            return self.loss_fn(_joined(params), {**rest, **replacing} if replacing else rest, batch, key)
 
-        if state.loss_scale is None:
-            (loss, (model_state, logs)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-            grads = jax.tree.map(_at_least_float32, grads)
-            return state.replace(model_state=model_state), grads, {"loss": loss, **logs}, None
-        loss_scale, finite, (loss, (model_state, logs)), grads = state.loss_scale.value_and_grad(loss_of, has_aux=True)(
-            state.params
-        )
-        skipped = {"step_skipped": 1.0 - finite.astype(jnp.float32), "loss_scale": state.loss_scale.scale}
-        model_state = _where(finite, model_state, state.model_state)
-        state = state.replace(model_state=model_state, loss_scale=loss_scale)
+        variables = _parted(state.params), replacing
+        scale = state.loss_scale
+        if scale is None:
+            differentiated = jax.value_and_grad(loss_of, has_aux=True)(variables)
+            (loss, (model_state, logs)), (grads, replacements) = differentiated
+            loss_scale, finite, skipped = None, None, {}
+        else:
+            scaled = scale.value_and_grad(loss_of, has_aux=True)(variables)
+            loss_scale, finite, (loss, (model_state, logs)), (grads, replacements) = scaled
+            # These are no gradients, and have not been scaled.
+            replacements = jax.tree.map(lambda leaf: leaf * scale.scale, replacements)
+            skipped = {"step_skipped": 1.0 - finite.astype(jnp.float32), "loss_scale": scale.scale}
+        grads = jax.tree.map(_at_least_float32, _joined(grads))
+        model_state, written = without_written(model_state)
+        params = state.params if written is None else written
+        if replacing:
+            model_state = {**model_state, **replacements}
+        if finite is not None:
+            model_state = _where(finite, model_state, state.model_state)
+            params = _where(finite, params, state.params)
+        state = state.replace(params=params, model_state=model_state, loss_scale=loss_scale)
         return state, grads, {"loss": loss, **logs, **skipped}, finite
 
     def train_step(self, state: TrainState, batch: PyTree, batch_idx: Any, last: Any) -> StepResult:
@@ -119,7 +136,7 @@ class Step:
         state = state.replace(stop=stop)
         state, logs = run_hook("on_batch_begin", batch_idx, state, Logs({"batch_size": examples}))
 
-        model_state = state.model_state
+        before = state
         functions = self._functions_of(state, batch)
         state, grads, step_logs, finite = self.gradients(state, batch)
         before_hooks, logs = state.replace(skip=skip), logs.changed_to({**logs, **step_logs})
@@ -131,7 +148,9 @@ class Step:
             kept = ~skipped
             finite = kept if finite is None else finite & kept
             if state.model_state is before_hooks.model_state:  # or a hook has said what it is to be
-                state = state.replace(model_state=_where(finite, state.model_state, model_state))
+                state = state.replace(model_state=_where(finite, state.model_state, before.model_state))
+            if state.params is before_hooks.params:
+                state = state.replace(params=_where(finite, state.params, before.params))
             logs = logs.changed_to({**logs, "step_skipped": 1.0 - finite.astype(jnp.float32)})
         state = state.replace(skip=None)
 
@@ -245,7 +264,9 @@ def criterion_loss(
         size = batch_size_of(batch)
         loss = _reduced("criterion", criterion, outputs, targets, size)
         logs = {name: _reduced(f"metric {name!r}", metric, outputs, targets, size) for name, metric in metrics.items()}
-        return loss, (_like(model_state, new_state), logs)
+        if key is not None:
+            new_state = _kept("the model", model_state, new_state, params, low_params)
+        return loss, (new_state, logs)
 
     return loss_fn
 
@@ -255,7 +276,8 @@ def general_loss(loss_fn: LossFn, precision: str) -> LossFn:
     dtype = COMPUTE_DTYPES[precision]
 
     def checked_loss(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[Any, tuple[Any, dict[str, Any]]]:
-        result = loss_fn(cast_floating(params, dtype), model_state, cast_floating(batch, dtype), key)
+        low_params = cast_floating(params, dtype)
+        result = loss_fn(low_params, model_state, batch, key)
         match result:
             case (loss, (new_state, Mapping() as logs)):
                 pass
@@ -274,7 +296,9 @@ def general_loss(loss_fn: LossFn, precision: str) -> LossFn:
                     f"string. Give each value of a nested log a name of its own, such as 'outer/inner'"
                 )
         floats = {name: _at_least_float32(jnp.asarray(value)) for name, value in logs.items()}
-        return _at_least_float32(jnp.asarray(loss)), (_like(model_state, new_state), floats)
+        if key is not None:
+            new_state = _kept("loss_fn", model_state, new_state, params, low_params)
+        return _at_least_float32(jnp.asarray(loss)), (new_state, floats)
 
     return checked_loss
 
@@ -298,6 +322,62 @@ def _like(old: PyTree, new: PyTree) -> PyTree:
     return jax.tree.map(lambda before, after: after.astype(before.dtype), old, new)
 
 
+def _kept(owner: str, model_state: PyTree, new: PyTree, params: PyTree, low_params: PyTree) -> PyTree:
+    """Bring what a training step returned as model state into the form of the old one, written parameters included."""
+    rest, written = without_written(new)
+    rest = with_form_of(model_state, rest, owner)
+    if written is None:
+        return rest
+    if low_params is not params:
+        # By their changes, so that what has not changed keeps the digits that the low precision does not have.
+        written = jax.tree.map(
+            lambda param, low, new: param + (new - low).astype(param.dtype), params, low_params, written
+        )
+    return {**rest, WRITTEN_PARAMS: with_form_of(params, written, owner)}
+
+
+class _Complex(NamedTuple):
+    """A complex parameter as two real ones."""
+
+    real: Any
+    imag: Any
+
+
+def _parted(params: PyTree) -> PyTree:
+    """Split complex parameters into real ones.
+
+    The gradient of a real function in these is, put together again, the direction in which it rises, as optimizers
+    expect it; that in the complex number itself is by JAX's convention the conjugate.
+    """
+    return jax.tree.map(lambda leaf: _Complex(leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else leaf, params)
+
+
+def _joined(parts: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda part: jax.lax.complex(*part) if isinstance(part, _Complex) else part,
+        parts,
+        is_leaf=lambda part: isinstance(part, _Complex),
+    )
+
+
+def _split_replaced(model_state: PyTree) -> tuple[PyTree, PyTree]:
+    """Split off the part of a model state whose next value is its gradient: the scales of linen's fp8 layers."""
+    if not isinstance(model_state, Mapping) or OVERWRITE_WITH_GRADIENT not in model_state:
+        return {}, model_state
+    replaced = {OVERWRITE_WITH_GRADIENT: model_state[OVERWRITE_WITH_GRADIENT]}
+    return replaced, {name: entry for name, entry in model_state.items() if name not in replaced}
+
+
+def _refuse_nothing_to_train(params: PyTree, model_state: PyTree) -> None:
+    if not jax.tree.leaves(params):
+        raise ValueError(
+            f"the model has no parameters to train; its model state has: {describe_tree(model_state) or 'nothing'}. "
+            f"What is trained of a flax.nnx.Module is nnx.Param: put arrays into one, self.w = nnx.Param(array), and "
+            f"let a Variable type of your own subclass it, class Adapter(nnx.Param); of a flax.linen.Module it is what "
+            f"self.param makes, and of a pair of functions the first that init returns"
+        )
+
+
 def _reduced(what: str, function: Callable[[Any, Any], Any], outputs: Any, targets: Any, size: int) -> chex.Array:
     """Call a criterion or a metric and take the mean of what it returns; explain what does not fit."""
     given = f"outputs {describe_tree(outputs)} and targets {describe_tree(targets)}"
@@ -308,9 +388,9 @@ def _reduced(what: str, function: Callable[[Any, Any], Any], outputs: Any, targe
         raise
     if not hasattr(values, "dtype") and not isinstance(values, bool | int | float):
         raise TypeError(f"{what} must return an array, got {type(values).__name__} for {given}")
-    if jnp.shape(values) == () and _would_broadcast(outputs, targets):
+    if _could_stretch(outputs, targets) and stretches(function, outputs, targets):
         raise ValueError(
-            f"{what} was called with {given}: as many values in another shape, which it would broadcast against each "
+            f"{what} was called with {given}: as many values in another shape, and it broadcasts them against each "
             f"other; give the targets the shape of the outputs"
         )
     if not _is_one_each(jnp.shape(values), outputs, targets, size):
@@ -321,7 +401,7 @@ def _reduced(what: str, function: Callable[[Any, Any], Any], outputs: Any, targe
     return jnp.mean(_at_least_float32(jnp.asarray(values)))
 
 
-def _would_broadcast(outputs: Any, targets: Any) -> bool:
+def _could_stretch(outputs: Any, targets: Any) -> bool:
     """Whether two arrays hold as many values in different shapes, such as a column and a row."""
     arrays = hasattr(outputs, "shape") and hasattr(targets, "shape")
     return arrays and outputs.shape != targets.shape and outputs.size == targets.size > 1

@@ -89,6 +89,17 @@ def refuse_unsortable(what: str, tree: PyTree) -> None:
         ) from error
 
 
+def replaced(before: PyTree, after: PyTree) -> bool:
+    """Whether any leaf of a tree is another object than the one in its place before.
+
+    >>> leaf = np.zeros(2)
+    >>> replaced({"w": leaf}, {"w": leaf}), replaced({"w": leaf}, {"w": leaf + 0})
+    (False, True)
+    """
+    old, new = jax.tree.leaves(before), jax.tree.leaves(after)
+    return len(old) != len(new) or any(a is not b for a, b in zip(old, new, strict=True))
+
+
 def in_lines(lines: list[str], most: int = 10) -> str:
     """Indent lines for an error message, at most ``most`` of them.
 
