@@ -72,7 +72,7 @@ def _meet(operands: list[_Origin], size: int) -> bool:
 
 
 def _is_elementwise(equation: Any) -> bool:
-    if equation.primitive.name == "dot_general" or len(equation.outvars) != 1:
+    if equation.primitive.name in ("concatenate", "dot_general") or len(equation.outvars) != 1:
         return False
     shape = equation.outvars[0].aval.shape
     return all(

@@ -272,7 +272,11 @@ def criterion_loss(
 
 
 def general_loss(loss_fn: LossFn, precision: str) -> LossFn:
-    """Wrap a user's general loss function: its precision, and checks of what it returns."""
+    """Wrap a user's general loss function: its precision, and checks of what it returns.
+
+    Its parameters are cast, and its batch is not, because targets must keep their digits, and in a batch of any form
+    nothing tells targets from inputs.
+    """
     dtype = COMPUTE_DTYPES[precision]
 
     def checked_loss(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[Any, tuple[Any, dict[str, Any]]]:
@@ -287,6 +291,11 @@ def general_loss(loss_fn: LossFn, precision: str) -> LossFn:
             raise ValueError(f"loss_fn must return a scalar loss, the mean over the batch, got {describe(loss)}")
         if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
             raise ValueError(f"loss_fn must return a real floating loss, which has a gradient, got {describe(loss)}")
+        if dtype is not None and jnp.result_type(loss) == dtype:
+            raise TypeError(
+                f"loss_fn computed its loss in {precision}, in which a mean has no more than three digits; turn what "
+                f"the model returns into float32 before the loss, outputs.astype(jnp.float32)"
+            )
         for name, value in logs.items():
             if name in STEP_LOGS:
                 raise ValueError(f"loss_fn returned a log named {name!r}, which the trainer writes itself; rename it")

@@ -80,6 +80,9 @@ class Trainer:
         max_grad_norm: clip the gradient to this global norm, after ``on_before_update`` and before the optimizer.
         precision: of the model's arithmetic: ``"float32"``, ``"bfloat16"``, or ``"float16"`` with a dynamic loss scale
             (then the logs have ``step_skipped`` and ``loss_scale``). Parameters, losses and gradients are float32.
+            With a ``loss_fn`` only the parameters that it is given are in that precision: cast floating-point inputs
+            where the model is applied, or it computes with them in float32, and what it returns to float32, before the
+            loss.
         fuse: whether many steps run in one launch; ``"auto"``: yes, except for convolutions on a CPU, which XLA runs
             slowly inside loops.
         check_batches: whether to look at the numbers of every batch before it is used, and to refuse those that are not

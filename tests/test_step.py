@@ -294,6 +294,111 @@ def test_column_and_row_are_not_broadcast_against_each_other(criterion):
     a_trainer.fit(a_trainer.init(columns[0]), columns, 1)
 
 
+@pytest.mark.parametrize("params", [{}, [], {"a": {}}])
+def test_nothing_to_train_is_an_error(params):
+    pair = (lambda key, x: (params, {"w": jnp.ones(3)}), lambda p, s, x, key: (x[:, :CLASSES], s))
+    a_trainer = trainer(model=pair, criterion=squares)
+    state = a_trainer.init(batches()[0])
+    assert np.isfinite(a_trainer.evaluate(state, batches())["val_loss"])
+    for run in (lambda: a_trainer.fit(state, batches(), 1), lambda: a_trainer.grad_step(state, batches()[0])):
+        with pytest.raises(
+            ValueError, match=r"no parameters to train; its model state has: w: float32\[3\].*nnx.Param"
+        ):
+            run()
+
+
+def test_a_parameter_without_a_gradient_is_named():
+    pair = (
+        lambda key, x: ({"a": {"k": jnp.arange(CLASSES)}}, {}),
+        lambda p, s, x, key: (x[:, :CLASSES] * p["a"]["k"], s),
+    )
+    a_trainer = trainer(model=pair, criterion=squares)
+    state = a_trainer.init(batches()[0])
+    with pytest.raises(TypeError, match=r"parameter a/k is int32\[3\]"):
+        a_trainer.train_step(state, batches()[0])
+
+
+COMPLEX = (
+    lambda key, x: (
+        {"w": 0.1 * jax.random.normal(key, (FEATURES, CLASSES), jnp.complex64), "b": jnp.zeros(CLASSES)},
+        {},
+    ),
+    lambda p, s, x, key: (jnp.abs(x.astype(jnp.complex64) @ p["w"]) + p["b"].astype(jnp.float32)[None], s),
+)
+
+
+def complex_steps(loader: list[Any], params: Any, clip: float | None = None) -> Any:
+    """Gradient descent by hand, on the conjugate of what JAX calls the gradient."""
+
+    def loss_of(params: Any, inputs: Any, targets: Any) -> Any:
+        return squares(COMPLEX[1](params, {}, inputs, None)[0], targets).mean()
+
+    for batch in loader:
+        grads = jax.grad(loss_of)(params, *batch)
+        grads = jax.tree.map(jnp.conj, grads)
+        if clip is not None:
+            grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    return params
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"max_grad_norm": 0.1}, {"gradient_accumulation_steps": 2}, {"precision": "bfloat16"}, {"precision": "float16"},
+], ids=str)  # fmt: skip
+def test_complex_parameters_go_down(options):
+    seen: dict[str, Any] = {}
+
+    def look(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
+        seen.update({name: leaf.dtype for name, leaf in grads.items()})
+        return state, grads, logs
+
+    loader = batches(4)
+    with jax.numpy_dtype_promotion("standard"):
+        a_trainer = trainer(
+            host(on_backward_end=look), ant.callbacks.gradient_norm(), ant.callbacks.ema(0.5),
+            model=COMPLEX, criterion=squares, **options,
+        )  # fmt: skip
+        start = a_trainer.init(loader[0])
+        state, history = a_trainer.fit(start, loader, 1)
+        joint = [joined(loader[:2]), joined(loader[2:])] if "gradient_accumulation_steps" in options else loader
+        expected = complex_steps(joint, start.params, options.get("max_grad_norm"))
+        grads, _ = a_trainer.grad_step(start, loader[0])
+    assert seen == {"w": jnp.complex64, "b": jnp.float32}
+    tolerance = 1e-5 if options.get("precision") is None else 0.02
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), state.params, expected)
+    average = state.callback_states["ema"]["average"]
+    assert average["w"].dtype == jnp.complex64
+    assert np.all(np.abs(average["w"].imag) > 0)
+    assert np.isfinite(history[0]["train_grad_norm"])
+    by_hand = complex_steps(loader[:1], start.params)
+    tolerance = 1e-5 if options.get("precision") is None else 0.2
+    np.testing.assert_allclose(start.params["w"] - 0.1 * grads["w"], by_hand["w"], atol=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_loss_fn_keeps_the_digits_of_its_batch_and_its_loss(precision):
+    seen: dict[str, Any] = {}
+
+    def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+        seen.update(kernel=params["kernel"].dtype, x=batch["x"].dtype, y=batch["y"].dtype, i=batch["i"].dtype)
+        outputs, _ = apply(params, {}, batch["x"].astype(params["kernel"].dtype), key)
+        losses = (outputs.astype(jnp.float32)[:, 0] - batch["y"]) ** 2
+        return losses.mean(), (model_state, {"target": batch["y"].mean()})
+
+    inputs, targets = batches(1)[0]
+    batch = {"x": inputs, "y": 1000 + targets.astype(np.float32) / 8, "i": targets}
+    pair = (lambda key, batch: (LINEAR[0](key, batch["x"])[0], {}), LINEAR[1])
+    a_trainer = trainer(model=pair, criterion=None, loss_fn=loss_fn, precision=precision)
+    _, logs = a_trainer.train_step(a_trainer.init(batch), batch)
+    assert seen == {"kernel": jnp.dtype(precision), "x": jnp.float32, "y": jnp.float32, "i": jnp.int32}
+    np.testing.assert_allclose(logs["target"], batch["y"].mean(), rtol=1e-6)
+    assert logs["loss"].dtype == jnp.float32
+    lazy = lambda p, s, batch, key: (apply(p, {}, batch["x"].astype(p["kernel"].dtype), key)[0].mean(), (s, {}))  # noqa: E731
+    a_trainer = trainer(model=pair, criterion=None, loss_fn=lazy, precision=precision)
+    with pytest.raises(TypeError, match=f"loss_fn computed its loss in {precision}.*outputs.astype"):
+        a_trainer.train_step(a_trainer.init(batch), batch)
+
+
 def test_the_classes_of_the_problem():
     assert batches()[0][0].shape == (BATCH, FEATURES)
     assert squares(jnp.zeros((2, CLASSES)), jnp.zeros(2, int)).tolist() == [0.5, 0.5]
