@@ -71,7 +71,7 @@ def _with_fields(model: linen.Module, fields: set[str], train: bool) -> linen.Mo
 
 def _children(module: Any) -> list[Any]:
     values = [getattr(module, field.name) for field in dataclasses.fields(module) if field.name != "parent"]
-    return [value for value in values if isinstance(value, linen.Module)]
+    return [value for value in values if isinstance(value, linen.Module) and callable(value)]
 
 
 class _Watch:
@@ -83,15 +83,17 @@ class _Watch:
 
     def __call__(self, function: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
+        fields = vars(module)  # and not getattr, which would set a module up
+        rate = fields.get("rate", fields.get("dropout_rate"))
         if context.method_name == "__call__":
-            if getattr(module, "rate", 0) or getattr(module, "dropout_rate", 0):
+            if isinstance(rate, int | float) and rate > 0:
                 self._look(self._dropout, module, "deterministic", args, kwargs)
             self._look(self._statistics, module, "use_running_average", args, kwargs)
         return function(*args, **kwargs)
 
     def _look(self, seen: list[bool], module: Any, flag: str, args: Any, kwargs: Any) -> None:
         parameters = inspect.signature(type(module).__call__).parameters
-        if flag not in parameters or not hasattr(module, flag):
+        if flag not in parameters or flag not in vars(module):
             return
         by_position = dict(zip(list(parameters)[1:], args, strict=False))
         value = {**by_position, **kwargs}.get(flag)
@@ -111,7 +113,7 @@ def _refuse_growth(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         lines = differences(before[name], collection, dtypes=False)
         if lines:
             raise TypeError(
-                f"the model's collection {name!r} gets another form in a step, as one does that it sows into:"
+                f"self.sow, or another write, gives the model's collection {name!r} another form in a step:"
                 f"{in_lines(lines)}\n"
                 f"No criterion reads what is sown. Sow into 'intermediates', which is not kept; or give the Trainer a "
                 f"loss_fn that applies the module without {name!r} among its variables, with mutable=[{name!r}], and "

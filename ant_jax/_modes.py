@@ -109,9 +109,8 @@ def modes_of(
         wrappers: around the ``__call__`` of every module of its kind.
         skip: tells whether a flag is left at its default.
     """
-    name, call = type(module).__name__, type(module).__call__
-    wrapped = _wrappers_of(call) > wrappers
-    parameters = _parameters_of(module)
+    name, parameters = type(module).__name__, _parameters_of(module)
+    wrapped = _wrappers_of(type(module).__call__) > wrappers
     by_position = tuple(parameters) if wrapped else None
     if train is not None or evaluate is not None:
         return Modes(name, train or {}, evaluate or {}, (), by_position)
@@ -137,6 +136,8 @@ def _wrappers_of(function: Any) -> int:
 
 def _parameters_of(module: Any) -> list[inspect.Parameter]:
     """The parameters of a module's call after the inputs."""
+    if not callable(module):  # a loss_fn may use its other methods
+        return []
     parameters = list(inspect.signature(type(module).__call__).parameters.values())[1:]  # without self
     lead = 1 if parameters and parameters[0].kind in (parameters[0].POSITIONAL_ONLY, _ANYHOW) else 0
     return parameters[lead:]
@@ -165,7 +166,8 @@ def _may_be_flag(parameter: inspect.Parameter, flags: set[str]) -> bool:
     if isinstance(parameter.default, bool):
         return True
     varied = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    return not flags and (varied or isinstance(parameter.default, str) or parameter.default is None)
+    boolean = _is_flag(parameter) or "bool" in str(parameter.annotation)  # and not a mask
+    return not flags and (varied or isinstance(parameter.default, str) or (parameter.default is None and boolean))
 
 
 def _as_written(parameter: inspect.Parameter) -> str:

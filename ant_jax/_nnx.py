@@ -41,8 +41,7 @@ def from_nnx(
         return _plain(template), _plain(rest_template)
 
     def apply(params: PyTree, model_state: PyTree, inputs: Any, key: chex.PRNGKey | None) -> tuple[PyTree, PyTree]:
-        kept, written = without_written(model_state)
-        params = params if written is None else written
+        kept, _ = without_written(model_state)  # in a loop by hand the parameters have moved on since
         streams = _copied(rng_state) if key is None else restarted(key)
         states = _filled(template, params), streams, _filled(rest_template, kept)
         module = nnx.merge(definitions[key is not None], *states)
@@ -59,7 +58,7 @@ def from_nnx(
 
 
 def _children(module: Any) -> list[Any]:
-    return [child for _, child in nnx.iter_children(module)]
+    return [child for _, child in nnx.iter_children(module) if callable(child)]
 
 
 def _modules_of(module: nnx.Module) -> list[tuple[str, nnx.Module]]:

@@ -86,7 +86,8 @@ class Step:
         """Differentiate the loss of one micro-batch.
 
         Returns:
-            The state with the new model state and loss scale; the gradients, unscaled and in float32; the logs; and
+            The state with the new model state and loss scale, and with the parameters that the model has written; the
+            gradients, unscaled and in float32, those of complex parameters conjugated, as optax descends; the logs; and
             whether all gradients are finite, ``None`` when nobody scales the loss.
         """
         _refuse_nothing_to_train(state.params, state.model_state)

@@ -59,7 +59,7 @@ class Trainer:
 
     Args:
         model: a ``flax.linen.Module``, a ``flax.nnx.Module``, or a pair of pure functions ``(init, apply)``; see
-            :func:`pure_functions`.
+            :func:`pure_functions`, which also says how a module is told that it trains.
         optimizer: any optax gradient transformation. Its schedules count updates, not batches. Of ``value``, ``grad``,
             ``value_fn``, ``grad_fn`` and ``obj_fn`` it is given those that its ``update`` takes: the loss that the
             update is to lower, its gradient, and both as functions of the parameters, which an accumulation window of
@@ -587,7 +587,8 @@ class Trainer:
             batch: one batch.
 
         Returns:
-            The gradients, unscaled and in float32, and ``{"loss": ..., <metric>: ...}``.
+            The gradients, unscaled and in float32, and ``{"loss": ..., <metric>: ...}``. That of a complex parameter
+            points to where the loss rises, as optimizers expect it: it is the conjugate of ``jax.grad``'s.
         """
         self._states.check(state)
         batch = canonical(batch)

@@ -15,7 +15,10 @@ PACKAGE = pathlib.Path(ant_jax.__file__).parent
 # Bottom to top: a module may import those above its own line.
 LAYERS = [
     {"_broadcasts", "_finite", "_interrupt", "_memories", "_pace", "_requirements", "_seal", "_trees"},
-    {"_encoding", "_history", "_hyperparams", "_lock", "_logs", "_objective", "_sums", "_model_state", "_modes", "metrics"},
+    {
+        "_encoding", "_history", "_hyperparams", "_lock", "_logs", "_objective", "_sums", "_model_state", "_modes",
+        "metrics",
+    },
     {"_linen", "_nnx"},
     {"_models"},
     {"_state", "data"},

@@ -14,6 +14,7 @@ from flax import linen as nn, nnx
 from flax.training.train_state import TrainState as FlaxState
 from problems import CLASSES, FEATURES, batches, host, squares, trainer
 
+import ant_jax as ant
 from ant_jax._model_state import with_form_of
 
 
@@ -123,7 +124,9 @@ class Sows(nn.Module):
 
 def test_a_collection_that_grows_is_named_and_intermediates_are_not_kept():
     a_trainer = trainer(model=Sows("penalties"))
-    with pytest.raises(TypeError, match=r"'penalties' gets another form(.|\n)*squares/1: unexpected(.|\n)*loss_fn"):
+    with pytest.raises(
+        TypeError, match=r"sow.* collection 'penalties' another form(.|\n)*squares/1: unexpected(.|\n)*loss_fn"
+    ):
         a_trainer.train_step(a_trainer.init(batches()[0]), batches()[0])
     a_trainer = trainer(model=Sows("intermediates"))
     state, _ = a_trainer.train_step(a_trainer.init(batches()[0]), batches()[0])
@@ -225,6 +228,34 @@ def test_what_a_model_writes_to_a_parameter_is_kept():
     np.testing.assert_allclose(
         rate_of_nothing.predict(state, batches()[0][0]), batches()[0][0] @ state.params["kernel"] * 0.75, rtol=1e-5
     )
+
+
+def test_a_loop_by_hand_may_pass_on_what_a_model_returns():
+    pure = ant.pure_functions(Shrinks())
+    params, kept = pure.init(jax.random.key(0), None)
+    inputs = jnp.ones((2, FEATURES))
+    _, kept = pure.apply(params, kept, inputs, jax.random.key(1))
+    doubled = jax.tree.map(lambda param: 2 * param, params)
+    outputs, _ = pure.apply(doubled, kept, inputs, jax.random.key(2))
+    np.testing.assert_allclose(outputs, FEATURES * 2 * 0.75)
+
+
+class NnxSows(nnx.Module):
+    def __init__(self) -> None:
+        self.kernel = nnx.Param(jnp.ones((FEATURES, CLASSES)))
+
+    def __call__(self, x):
+        self.sow(nnx.Intermediate, "mean", x.mean())
+        return x @ self.kernel[...]
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*sow:DeprecationWarning")
+def test_intermediates_of_an_nnx_module_are_not_kept():
+    model = NnxSows()
+    model(jnp.ones((2, FEATURES)))
+    a_trainer = trainer(model=model)
+    state, _ = a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 1)
+    assert state.model_state == {}
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

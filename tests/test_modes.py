@@ -260,6 +260,22 @@ def test_a_flag_of_an_nnx_call_that_is_none_leaves_the_mode_to_the_layers():
     assert behaviour(model) == (False, True, True)
 
 
+def test_a_mask_is_no_flag_and_what_is_called_by_another_method_needs_none():
+    class Masked(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.norm = nnx.BatchNorm(FEATURES, rngs=rngs)
+
+        def __call__(self, x, mask=None):
+            return self.norm(x, use_running_average=True, mask=mask)
+
+    class Encoder(nnx.Module):
+        def encode(self, x: Any) -> Any:
+            return x
+
+    assert behaviour(Masked(nnx.Rngs(0))) == (False, False, True)
+    assert ant.pure_functions(Encoder()).init(jax.random.key(0), inputs()) == ({}, {})
+
+
 def test_pairs_have_no_flags():
     with pytest.raises(TypeError, match="train and evaluate are arguments of a Flax module's call"):
         ant.pure_functions((lambda key, x: ({}, {}), lambda p, s, x, key: (x, s)), train={})

@@ -107,6 +107,7 @@ def gradient_statistics(
 
 def _histogram(values: Any) -> Any:
     first, last = HISTOGRAM_EXPONENTS[0], HISTOGRAM_EXPONENTS[-1]
+    values = jnp.abs(values) if jnp.iscomplexobj(values) else values
     _, exponents = jnp.frexp(values)  # mantissas are in [0.5, 1), so these are one too large
     exponents = jnp.where(values == 0, first, jnp.where(jnp.isfinite(values), exponents - 1, last))
     bins = jnp.clip(exponents, first, last) - first
