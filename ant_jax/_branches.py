@@ -18,7 +18,8 @@ def run_if(
 ) -> tuple[Any, Logs]:
     """Run ``function`` where ``due``; a log that it would publish is NaN (0, for an integer) where it is not.
 
-    A leaf of the tree that ``function`` does not touch comes out as the very same object.
+    In the logs that come out it is present where it runs: on one condition, the very same object, for all that have no
+    other of their own. A leaf of the tree that ``function`` does not touch comes out as the very same object.
 
     Args:
         due: boolean scalar.
@@ -34,21 +35,22 @@ def run_if(
         changed = {str(i): new for i, (old, new) in enumerate(zip(before, after, strict=True)) if new is not old}
         new_logs = logs.changed_to(returned)
         published = {name: jnp.asarray(log) for name, log in new_logs.items() if log is not logs.get(name)}
-        return changed, published, {name: _present(new_logs, name) for name in published}
+        return changed, published, {name: new_logs.present[name] for name in published if name in new_logs.present}
 
-    changes, published, _ = jax.eval_shape(run)
+    changes, published, conditional = jax.eval_shape(run)
     kept = {
         name: jnp.asarray(logs[name], like.dtype) if name in logs else _absent(like) for name, like in published.items()
     }
-    still_there = {name: jnp.logical_and(_present(logs, name), name in logs) for name in published}
+    was_there = {name: jnp.asarray(logs.present.get(name, name in logs)) for name in conditional}
     unchanged = {i: before[int(i)] for i in changes}
-    changes, values, present = jax.lax.cond(due, run, lambda: (unchanged, kept, still_there))
+    changes, values, present = jax.lax.cond(due, run, lambda: (unchanged, kept, was_there))
+    for name in published.keys() - present.keys():
+        if name not in logs:
+            present[name] = due
+        elif name in logs.present:
+            present[name] = jnp.logical_or(due, logs.present[name])
     leaves = [changes.get(str(i), leaf) for i, leaf in enumerate(before)]
     return jax.tree.unflatten(structure, leaves), logs.changed_to(Logs({**logs, **values}, present=present))
-
-
-def _present(logs: Logs, name: str) -> chex.Array:
-    return jnp.asarray(logs.present.get(name, True))
 
 
 def _absent(like: jax.ShapeDtypeStruct) -> chex.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,13 +16,16 @@ from jax.core import Tracer
 
 from ant_jax._checking import classes_of
 from ant_jax._feed import Chunk, Feed
+from ant_jax._finite import NonFiniteError
 from ant_jax._live import DevicePart, Live, device_part
 from ant_jax._models import PureModel, applied, initialized
 from ant_jax._pace import Pace
+from ant_jax._packing import PackedLogs, Unpacked
 from ant_jax._state import CYCLE, Accumulator, TrainState, key_of_cycle, refuse_mismatch, scalar
 from ant_jax._step import Step
-from ant_jax._sums import LogSums, PackedLogs, pack, zero_sums
+from ant_jax._sums import LogSums, zero_sums
 from ant_jax._trees import PyTree
+from ant_jax._windows import Window, with_nan
 from ant_jax.data import batch_size_of, inputs_of
 
 
@@ -43,25 +46,25 @@ class Launch(NamedTuple):
     Attributes:
         steps: how many.
         examples: in the batch of each.
-        latest: the logs of the last step.
+        latest: the logs of the last step, ``batch_size`` among them.
         rows: the logs of every batch of the chunk, each ``[rows, ...]``, where ``start`` to ``start + steps`` are this
-            launch's; ``None`` after a single step outside the loop.
-        start: see ``rows``.
+            launch's; after a single step outside the loop, its logs.
+        start: see ``rows``; ``None`` after a single step outside the loop.
     """
 
     steps: int
     examples: int
-    latest: Mapping[str, jax.Array]
-    rows: PackedLogs | None
-    start: int
+    latest: Unpacked
+    rows: PackedLogs
+    start: int | None
 
-    def read(self) -> dict[str, np.ndarray]:
-        """Return the logs of every step, ``[steps, ...]``; waits for the device."""
-        sizes = {"batch_size": np.full(self.steps, self.examples)}
-        if self.rows is None:
-            return sizes | {name: np.asarray(log)[None] for name, log in self.latest.items()}
-        rows = jax.tree.map(lambda log: np.asarray(log)[self.start : self.start + self.steps], self.rows)
-        return sizes | rows.unpacked()
+    def read(self) -> Window:
+        """Return the logs of every step; waits for the device."""
+        which = None if self.start is None else slice(self.start, self.start + self.steps)
+        rows = jax.tree.map(lambda log: np.asarray(log)[which], self.rows)
+        logs, weights = rows.values(), rows.weights()
+        logs |= {name: with_nan(logs[name], weights[name]) for name in rows.sometimes}
+        return Window({"batch_size": np.full(self.steps, self.examples), **logs}, weights)
 
 
 class Cursor:
@@ -103,7 +106,6 @@ class TrainProgram:
         fuse: whether many steps run in one launch; ``"auto"``: by ``slow_in_loops``.
 
     Attributes:
-        logs: the logs that every step returns, as shapes and dtypes.
         may_stop: whether a traced hook can end a launch early.
         fused: see ``fuse``.
         pace: how many steps a launch should have, in the run that began last.
@@ -115,13 +117,13 @@ class TrainProgram:
         # The one time that the step is traced: the programs below call `_step`, and meet the trace in jit's cache.
         traced = self._step.trace(state, batch, _aval(jnp.int32), _aval(jnp.bool_))
         self._traced, self._examples = traced, batch_size_of(batch)
-        self.logs: dict[str, jax.ShapeDtypeStruct] = traced.out_info.logs
+        self._logs: PackedLogs = traced.out_info.logs
         self.may_stop = traced.out_info.stop is not None
         # A loop goes over the rows of a batch's leaves, so there is none without leaves.
         self.fused = bool(jax.tree.leaves(batch)) and _is_fused(fuse, traced.jaxpr)
         self.pace = Pace(_bytes_of(batch))
         self._structure_between_epochs = jax.tree.structure(part)
-        self._structure = jax.tree.structure(part._replace(log_sums=jax.eval_shape(zero_sums, self.logs)))
+        self._structure = jax.tree.structure(part._replace(log_sums=jax.eval_shape(zero_sums, self._logs)))
         self._key_impl = jax.random.key_impl(key)
         self._window_steps = step.accumulation_steps
         self._by_hand = jax.jit(self._run_by_hand)
@@ -135,7 +137,7 @@ class TrainProgram:
 
     def begin_epoch(self, window: Accumulator | None) -> tuple[LogSums, Accumulator | None]:
         """Return the sums and, made of any, the accumulation window that an epoch begins with."""
-        return _zeros(tuple(self.logs.items()), window)
+        return _zeros(*_hashable(self._logs), window)
 
     @functools.cached_property
     def flops_per_example(self) -> float | None:
@@ -154,22 +156,55 @@ class TrainProgram:
         if not self.fused:
             ends = scalar(ends)
             with _taking_batches():
-                leaves, stop, latest = self._one(live.take(), live.key_data, chunk.batches, cursor.offset, ends)
+                leaves, stop, few, logs = self._one(live.take(), live.key_data, chunk.batches, cursor.offset, ends)
             live.give(leaves)
-            launch = Launch(1, chunk.examples, latest, None, 0)
+            steps, last, first = 1, None, None
         else:
             rows = scalar(start), scalar(start + count), scalar(chunk.filled - 1 if ends else -1)
             with _taking_batches():
-                leaves, stop, done, latest, logs = self._many(
+                leaves, stop, done, few, logs = self._many(
                     live.take(), live.key_data, chunk.batches, cursor.offset, *rows
                 )
             live.give(leaves)
-            launch = Launch(count if done is None else int(done) - start, chunk.examples, latest, logs, start)
+            steps, first = count if done is None else int(done) - start, start
+            last = start + steps - 1
+        latest = Unpacked(few, logs, last, {"batch_size": chunk.examples})
+        launch = Launch(steps, chunk.examples, latest, logs, first)
         if stop is not None:
             live.stop = live.stop or bool(stop)
         cursor.row += launch.steps
         live.advance(launch.steps, chunk.examples)
         return launch
+
+    def launch_checked(self, live: Live, cursor: Cursor) -> Launch:
+        """Train on the next batch where ``jax_debug_nans`` or ``jax_debug_infs`` is set.
+
+        Raises:
+            NonFiniteError: a number is not finite; the message says which operation of which step has computed it, and
+                ``live`` is as it was before that step.
+        """
+        before = live.part()  # which keeps the launch from overwriting it
+        try:
+            return self.launch(live, cursor, 1)
+        except (FloatingPointError, RuntimeError) as error:  # the latter where JAX looks for the operation too late
+            live.give(jax.tree.leaves(before))
+            found = self._nonfinite_operation(live, cursor) or error
+            if not isinstance(found, FloatingPointError):
+                raise
+            where = f"at batch {cursor.batch_idx} of epoch {live.host.epoch} (step {int(before.step)})"
+            raise NonFiniteError(f"{found}, {where}; the train_state of this exception is the state before") from error
+
+    def _nonfinite_operation(self, live: Live, cursor: Cursor) -> FloatingPointError | None:
+        """Do the next step outside of the loop, in which JAX cannot name an operation."""
+        chunk, row = cursor.chunk, cursor.row
+        last = chunk.last and self._window_steps > 1 and row == chunk.filled - 1
+        batch = _row_of(chunk.batches, row) if self.fused else chunk.batches
+        step = jax.jit(self._run_alone)  # unlike `_one`, it leaves its arguments to JAX for a second look
+        try:
+            step(jax.tree.leaves(live.part()), live.key_data, batch, scalar(cursor.batch_idx), scalar(last))
+        except FloatingPointError as error:
+            return error
+        return None
 
     def step_by_hand(
         self, part: DevicePart, key_data: jax.Array, cycle: Any, batch: PyTree
@@ -181,33 +216,34 @@ class TrainProgram:
             the logs.
         """
         leaves, structure = jax.tree.flatten(part)
-        leaves, cycle, stop, logs = self._by_hand(leaves, key_data, cycle, batch)
-        return jax.tree.unflatten(structure, leaves), cycle, stop, logs
+        leaves, cycle, stop, few, logs = self._by_hand(leaves, key_data, cycle, batch)
+        latest = Unpacked(few, logs, more={"batch_size": batch_size_of(batch)})
+        return jax.tree.unflatten(structure, leaves), cycle, stop, latest
 
     def _run_by_hand(self, leaves: list[Any], key_data: Any, cycle: Any, batch: PyTree) -> tuple[Any, ...]:
         part: DevicePart = jax.tree.unflatten(self._structure_between_epochs, leaves)
         key = key_of_cycle(jax.random.wrap_key_data(key_data, impl=self._key_impl), cycle)
-        state, stop, logs, _ = self._step(part.state(key), batch, part.step, jnp.bool_(False))
-        return jax.tree.leaves(device_part(state)), cycle + jnp.int32(part.step == CYCLE - 1), stop, logs
+        state, stop, logs = self._step(part.state(key), batch, part.step, jnp.bool_(False))
+        cycle += jnp.int32(part.step == CYCLE - 1)
+        return jax.tree.leaves(device_part(state)), cycle, stop, logs.few(), logs
 
     def _run_one(self, leaves: list[Any], key_data: Any, batch: PyTree, batch_idx: Any, last: Any) -> tuple[Any, ...]:
         part: DevicePart = jax.tree.unflatten(self._structure, leaves)
         state = part._replace(log_sums=None).state(jax.random.wrap_key_data(key_data, impl=self._key_impl))
-        state, stop, logs, counts = self._step(state, batch, batch_idx, last)
-        packed = pack(logs)
-        log_sums = part.log_sums.add(packed, counts)
-        return jax.tree.leaves(device_part(state)._replace(log_sums=log_sums)), stop, packed
+        state, stop, logs = self._step(state, batch, batch_idx, last)
+        log_sums = part.log_sums.add(logs, batch_size_of(batch))
+        return jax.tree.leaves(device_part(state)._replace(log_sums=log_sums)), stop, logs
 
     def _run_alone(self, *arguments: Any) -> tuple[Any, ...]:
         leaves, stop, logs = self._run_one(*arguments)
-        return leaves, stop, logs.unpacked()
+        return leaves, stop, logs.few(), logs
 
     def _run_many(
         self, leaves: list[Any], key_data: Any, batches: PyTree, offset: Any, start: Any, end: Any, last_row: Any
     ) -> tuple[Any, ...]:
         """Train on rows ``start`` to ``end``. The trip count is dynamic: one program serves launches of any length."""
         rows = jax.tree.leaves(batches)[0].shape[0]
-        latest = pack({name: jnp.zeros(log.shape, log.dtype) for name, log in self.logs.items()})
+        latest = jax.tree.map(lambda log: jnp.zeros(log.shape, log.dtype), self._logs)
         buffers = jax.tree.map(lambda log: jnp.zeros((rows, *log.shape), log.dtype), latest)
 
         def goes_on(carry: tuple[Any, ...]) -> Any:
@@ -227,7 +263,7 @@ class TrainProgram:
 
         stop = jnp.bool_(False) if self.may_stop else None
         leaves, stop, row, latest, buffers = lax.while_loop(goes_on, body, (leaves, stop, start, latest, buffers))
-        return leaves, stop, row if self.may_stop else None, latest.unpacked(), buffers
+        return leaves, stop, row if self.may_stop else None, latest.few(), buffers
 
 
 class EvaluationProgram:
@@ -240,39 +276,41 @@ class EvaluationProgram:
     def __init__(self, step: Step, params: PyTree, model_state: PyTree, batch: Any, fuse: Fuse):
         self._step = jax.jit(step.evaluation_step)
         traced = self._step.trace(_avals(params), _avals(model_state), _avals(batch))
-        self._logs: dict[str, jax.ShapeDtypeStruct] = traced.out_info
+        self._logs: PackedLogs = traced.out_info
         self.fused = _is_fused(fuse, traced.jaxpr)
         self._one = jax.jit(self._add_one)
         self._many = jax.jit(self._add_many)
 
     def zero_sums(self) -> LogSums:
         """Return the sums of no batch."""
-        return _zeros(tuple(self._logs.items()), None)[0]
+        return _zeros(*_hashable(self._logs), None)[0]
 
     def add(self, params: PyTree, model_state: PyTree, chunk: Chunk, sums: LogSums) -> LogSums:
         """Add the logs of a chunk's batches, weighted by examples, to ``sums``."""
-        arguments = params, model_state, chunk.batches, scalar(chunk.examples), sums
+        arguments = params, model_state, chunk.batches, sums
         with _taking_batches():
             return self._many(*arguments, scalar(chunk.filled)) if self.fused else self._one(*arguments)
 
-    def _add_one(self, params: Any, model_state: Any, batch: Any, examples: Any, sums: LogSums) -> LogSums:
-        logs = self._step(params, model_state, batch)
-        return sums.add(pack(logs), {name: examples for name in logs})
+    def _add_one(self, params: Any, model_state: Any, batch: Any, sums: LogSums) -> LogSums:
+        return sums.add(self._step(params, model_state, batch), batch_size_of(batch))
 
-    def _add_many(
-        self, params: Any, model_state: Any, batches: Any, examples: Any, sums: LogSums, count: Any
-    ) -> LogSums:
+    def _add_many(self, params: Any, model_state: Any, batches: Any, sums: LogSums, count: Any) -> LogSums:
         def body(row: Any, sums: LogSums) -> LogSums:
             batch = _row_of(batches, row)
-            return self._add_one(params, model_state, batch, examples, sums)
+            return self._add_one(params, model_state, batch, sums)
 
         return lax.fori_loop(0, count, body, sums)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _zeros(logs: tuple[tuple[str, jax.ShapeDtypeStruct], ...], window: Any) -> tuple[LogSums, Any]:
+def _hashable(logs: PackedLogs) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
+    leaves, structure = jax.tree.flatten(logs)
+    return structure, tuple(leaves)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _zeros(structure: Any, logs: tuple[jax.ShapeDtypeStruct, ...], window: Any) -> tuple[LogSums, Any]:
     # One program for all of a kind, whatever the size of their batches.
-    return zero_sums(dict(logs)), jax.tree.map(jnp.zeros_like, window)
+    return zero_sums(jax.tree.unflatten(structure, logs)), jax.tree.map(jnp.zeros_like, window)
 
 
 class Programs:
@@ -397,6 +435,12 @@ def on_device(chunk: Chunk, launches: int) -> Chunk:
     if launches <= FEW_LAUNCHES and jax.default_backend() == "cpu":
         return chunk
     return chunk._replace(batches=jax.device_put(chunk.batches))
+
+
+def checks_numbers() -> bool:
+    """Whether JAX is to look at every number that a program returns."""
+    config: Any = jax.config  # has its options as attributes that are not declared
+    return config.jax_debug_nans or config.jax_debug_infs
 
 
 def _taking_batches() -> contextlib.AbstractContextManager[Any]:

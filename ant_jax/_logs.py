@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
+from ant_jax._packing import Unpacked
+from ant_jax._windows import Window
 
 
 class UnknownLog(KeyError):
@@ -23,8 +24,9 @@ class Logs(Mapping[str, Any]):
 
     Attributes:
         window: every batch's values since this callback last looked, as arrays whose first axis is the batch
-            (``logs.window["loss"][-1]`` is this batch's loss). Empty in hooks that are not batch hooks. Reading it
-            waits for the device.
+            (``logs.window["loss"][-1]`` is this batch's loss), how many examples each value stands for
+            (``logs.window.weights["loss"]``), and their mean as in the history (``logs.window.mean("loss")``); see
+            :class:`ant_jax._windows.Window`. Empty in hooks that are not batch hooks. Reading it waits for the device.
         present: inside the step, for logs that not every batch has, whether this one has it: boolean scalars. What is
             not present counts in no mean.
 
@@ -46,10 +48,11 @@ class Logs(Mapping[str, Any]):
     def __init__(
         self,
         values: Mapping[str, Any],
-        window: Callable[[], Mapping[str, np.ndarray]] | None = None,
+        window: Callable[[], Window] | None = None,
         present: Mapping[str, Any] | None = None,
     ):
-        self._values = dict(values)
+        # What the trainer gives is read when a log is asked for; a hook's own mapping may change after it has returned.
+        self._values = values if isinstance(values, Unpacked | Logs) else dict(values)
         self._window = window
         self.present = present or {}
 
@@ -60,9 +63,9 @@ class Logs(Mapping[str, Any]):
         return Logs(values, self._window, {**kept, **values.present} if isinstance(values, Logs) else kept)
 
     @property
-    def window(self) -> Mapping[str, np.ndarray]:
+    def window(self) -> Window:
         """Every batch's values since this callback last looked; see the class."""
-        return {} if self._window is None else self._window()
+        return Window({}, {}) if self._window is None else self._window()
 
     def __getitem__(self, name: str) -> Any:
         try:

@@ -6,13 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from ant_jax._callback import Callback, HookFn
 from ant_jax._engine import Launch
 from ant_jax._logs import Logs
 from ant_jax._pace import LAUNCH_SECONDS
 from ant_jax._state import OpenWindow
+from ant_jax._windows import Window, joined
 
 
 class Look:
@@ -106,7 +105,7 @@ class Look:
         self.open = False
         if self.every is None:
             self._ended_at = time.monotonic()
-        return Logs({**logs, **self._published}, lambda: _read(launches))
+        return Logs({**logs, **self._published} if self._published else logs, lambda: _read(launches))
 
 
 class _Passed:
@@ -116,7 +115,6 @@ class _Passed:
         self.read = window.read
 
 
-def _read(launches: Sequence[Launch | _Passed]) -> dict[str, np.ndarray]:
-    """Join the logs of launches into arrays whose first axis is the batch; waits for the device."""
-    parts = [logs for logs in (launch.read() for launch in launches) if len(logs.get("batch_size", ()))]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+def _read(launches: Sequence[Launch | _Passed]) -> Window:
+    """Join the logs of launches; waits for the device."""
+    return joined([launch.read() for launch in launches])

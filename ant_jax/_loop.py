@@ -44,7 +44,6 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ant_jax._checking import BatchChecks
 from ant_jax._engine import (
@@ -52,11 +51,13 @@ from ant_jax._engine import (
     Launch,
     Programs,
     TrainProgram,
+    checks_numbers,
     on_device,
     rows_of,
 )
 from ant_jax._events import Events
 from ant_jax._feed import Ahead, Chunk, Feed, Loaders
+from ant_jax._finite import NonFiniteError
 from ant_jax._interrupt import TERMINATED, Interrupts
 from ant_jax._live import Live
 from ant_jax._logs import Logs
@@ -65,7 +66,7 @@ from ant_jax._pace import LAUNCH_SECONDS, Pace
 from ant_jax._reader import Place, Reader
 from ant_jax._run import Run
 from ant_jax._state import HostFields, StateMismatch, TrainState, refuse_mismatch
-from ant_jax._sums import means
+from ant_jax._sums import mean, means, plus
 from ant_jax._trees import in_lines
 from ant_jax.data import ArrayLoader, BatchError, NoBatches, description_of
 
@@ -279,7 +280,10 @@ class Loop:
                 self._begin_looks(looks, cursor)
                 if self._resize():  # the looks that have begun stay open
                     return False
-                launch = program.launch(live, cursor, self._length(looks, program, pace, cursor))
+                if checks_numbers():
+                    launch = program.launch_checked(live, cursor)
+                else:
+                    launch = program.launch(live, cursor, self._length(looks, program, pace, cursor))
                 if not cursor.remaining and (ahead is None or ahead > 1):
                     chunks.fetch()
                 pace.launched(launch.steps, launch.latest["loss"])
@@ -341,7 +345,7 @@ class Loop:
         for look in looks:
             look.passed(launch)
         over, done = self._is_over(cursor), cursor.batch_idx
-        logs: Mapping[str, Any] = {"batch_size": cursor.chunk.examples, **launch.latest}
+        logs: Mapping[str, Any] = launch.latest
         ending = [look for look in looks if look.open and (over or look.ends(done))]
         if ending:
             logs = self._look("on_batch_end", ending, done - 1, logs)
@@ -358,7 +362,7 @@ class Loop:
 
     def _end_open(self, looks: list[Look], done: int, launch: Launch) -> None:
         """End the windows that are open after the last batch."""
-        logs = {"batch_size": launch.examples, **launch.latest}
+        logs = launch.latest
         self._sum_published(self._look("on_batch_end", [look for look in looks if look.open], done - 1, logs), launch)
 
     def _reach_deferred(self) -> None:
@@ -388,20 +392,19 @@ class Loop:
 
     def _sum_published(self, logs: Mapping[str, Any], launch: Launch) -> None:
         """Add what host callbacks have published, weighted by the examples of the batch that they looked at."""
-        if len(logs) <= len(launch.latest) + 1:
+        if len(logs) <= len(launch.latest):
             return
         sums, examples = dict(self._live.host.published), launch.examples
         for name, value in logs.items():
-            if name not in launch.latest and name != "batch_size":
-                total, weight = sums.get(name, (0.0, 0))
-                value = value.astype(jnp.float32) if isinstance(value, jax.Array) else value
-                sums[name] = (total + value * float(examples), weight + examples)
+            if name not in launch.latest:
+                total, weight = sums.get(name, (None, 0))
+                sums[name] = plus(total, value, examples), weight + examples
         self._live.move(published=sums)
 
     def _epoch_means(self) -> dict[str, Any]:
-        sums = self._live.part().log_sums
-        values = {} if sums is None else means(sums)
-        values |= {name: total / weight for name, (total, weight) in self._live.host.published.items()}
+        sums, host = self._live.part().log_sums, self._live.host
+        values = {} if sums is None else means(sums, host.examples)
+        values |= {name: mean(total, weight) for name, (total, weight) in host.published.items()}
         return {f"train_{name}": values[name] for name in loss_first(values)}
 
     def _hook(
@@ -470,19 +473,25 @@ def evaluate(
     known_rows = {} if known_rows is None else known_rows
     feed = Feed(loader, name, limit=steps, may_end=True)
     program = programs.evaluation(state, feed.first)
-    ended_before = program in known_rows
-    sums, rows = program.zero_sums(), known_rows.setdefault(program, rows_of(feed, program.fused))
+    ended_before, fused = program in known_rows, program.fused
+    sums, rows, examples, done = program.zero_sums(), known_rows.setdefault(program, rows_of(feed, fused)), 0, 0
+    if rows is not None and checks_numbers():
+        rows = 1
     prepare = _prepare(trainer, programs, state, feed, (name, 0, 0), rows is not None)
     chunks, ended = feed.chunks(rows, LAUNCH_SECONDS), False
     # One that fails has used nothing, because it is done once more.
     with feed.putting_back(lambda: (feed.read if ended else 0, feed.place)):
         for chunk in chunks if ended_before else _telling_when_long(chunks, feed.length, name):
             before, chunk = sums, prepare(chunk)
-            sums = program.add(state.params, state.model_state, chunk, before)
+            try:
+                sums = program.add(state.params, state.model_state, chunk, before)
+            except FloatingPointError as error:  # of jax_debug_nans
+                raise NonFiniteError(f"{error}, in the evaluation of batch {done} of {name}") from error
+            examples, done = examples + chunk.filled * chunk.examples, done + chunk.filled
             jax.block_until_ready(before)  # no more than two chunks under way
             between()
         ended = True
-    values = means(sums)
+    values = means(sums, examples)
     logs = {**opening, **{f"val_{name}": values[name] for name in loss_first(values)}}
     ended = events.host_hook("on_evaluate_end", None, trainer, state, logs)
     between()

@@ -15,14 +15,16 @@ import numpy as np
 
 from ant_jax._encoding import decoded, encoded, rebuilt, structure_of
 from ant_jax._history import History
+from ant_jax._packing import PackedLogs
 from ant_jax._state import HostFields, OpenWindow, StateMismatch, TrainState, strong
-from ant_jax._sums import LogSums, PackedLogs
+from ant_jax._sums import LogSums
 from ant_jax._trees import PyTree, describe, in_lines
+from ant_jax._windows import Window
 
 
 _logger = logging.getLogger("ant_jax")
 
-FORMAT = 1
+FORMAT = 2
 # The fields of a state that are arrays; those of callbacks are added one by one.
 FIELDS = ("step", "cycle", "params", "model_state", "opt_state", "key", "accumulator", "loss_scale", "log_sums")
 # The host fields that are plain Python.
@@ -233,7 +235,7 @@ def _host_part(state: TrainState, leaves: Mapping[Path, jax.Array]) -> dict[str,
         "stop": bool(state.stop),
         "structures": {field: structure_of(getattr(state, field)) for field in ("params", "model_state")},
         "keys": {"/".join(keys): _impl_of(leaf) for keys, leaf in leaves.items() if _is_key(leaf)},
-        "log_sums": None if sums is None else {"names": list(sums.totals.names), "others": sorted(sums.totals.others)},
+        "log_sums": None if sums is None else _form_of(sums.totals),
     }
     return {name: encoded(value, f"the state's {name}") for name, value in parts.items()}
 
@@ -245,13 +247,16 @@ def _python(value: Any) -> Any:
 def _read_windows(windows: Mapping[str, OpenWindow] | None) -> Any:
     if windows is None:
         return None
-    return {name: (dict(window.published), dict(window.read())) for name, window in windows.items()}
+    return {name: (dict(window.published), *window.read().parts()) for name, window in windows.items()}
 
 
 def _windows_of(saved: Mapping[str, Any] | None) -> dict[str, OpenWindow] | None:
     if saved is None:
         return None
-    return {name: OpenWindow(published, functools.partial(dict, logs)) for name, (published, logs) in saved.items()}
+    return {
+        name: OpenWindow(published, functools.partial(Window, rows, weights))
+        for name, (published, rows, weights) in saved.items()
+    }
 
 
 @functools.cache
@@ -259,15 +264,18 @@ def _versions() -> tuple[tuple[str, str], ...]:
     return tuple((package, importlib.metadata.version(package)) for package in _PACKAGES)
 
 
-def _sums_of(arrays: Mapping[Path, Any], names: Mapping[str, Any]) -> LogSums:
-    """Put the sums of logs of these names back together; ``fit`` compares them with those of its program."""
+def _form_of(totals: PackedLogs) -> dict[str, Any]:
+    """What is to be known of the sums of logs beside their arrays."""
+    known = {"names": totals.names, "weighed": totals.weighed, "sometimes": totals.sometimes}
+    return {**known, "others": tuple(sorted(totals.others))}
 
-    def packed(part: str) -> PackedLogs:
-        values = {keys[2:]: jax.device_put(leaf) for keys, leaf in arrays.items() if keys[:2] == ("log_sums", part)}
-        others = {log: values["others", log] for log in names["others"]}
-        return PackedLogs(tuple(names["names"]), values[("scalars",)], others)
 
-    return LogSums(packed("totals"), packed("counts"))
+def _sums_of(arrays: Mapping[Path, Any], form: Mapping[str, Any]) -> LogSums:
+    """Put the sums of logs of this form back together; ``fit`` compares them with those of its program."""
+    values = {keys[2:]: jax.device_put(leaf) for keys, leaf in arrays.items() if keys[:2] == ("log_sums", "totals")}
+    others = {log: values["others", log] for log in form["others"]}
+    static = {name: form[name] for name in ("names", "weighed", "sometimes")}
+    return LogSums(PackedLogs(**static, scalars=values[("scalars",)], others=others))
 
 
 def _keys(path: Any) -> Path:

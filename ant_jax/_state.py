@@ -20,6 +20,7 @@ from ant_jax._history import History
 from ant_jax._objective import Objective
 from ant_jax._sums import LogSums
 from ant_jax._trees import PyTree, differences, in_lines
+from ant_jax._windows import Window
 
 
 # Where `TrainState.step` begins anew: it stays an int32, and JAX has no wider integers by default.
@@ -40,11 +41,11 @@ class OpenWindow:
 
     Attributes:
         published: by its ``on_batch_begin``.
-        read: returns the logs of the batches that have passed in it, ``{name: [batches, ...]}``; waits for the device.
+        read: returns the logs of the batches that have passed in it; waits for the device.
     """
 
     published: Mapping[str, Any]
-    read: Callable[[], Mapping[str, np.ndarray]]
+    read: Callable[[], Window]
 
 
 _NOTHING: Mapping[str, Any] = {}  # shared, since nobody changes it
@@ -62,7 +63,8 @@ class HostFields(NamedTuple):
         batch_size: examples in a batch, as a callback has asked; ``None``: as the loader has it.
         batch_sizes: those asked for that are still to come, each with the batch of the epoch from which it holds.
         history: the logs of the epochs that are done.
-        published: sum and weight of every value that host hooks have published in this epoch.
+        published: sum, as :func:`ant_jax._sums.plus` makes it, and weight of every value that host hooks have published
+            in this epoch.
         opened: what ``on_epoch_begin`` of this epoch has published.
         data: what the training loader of this epoch says of its data; see :func:`ant_jax.data.description_of`.
         fused: the backend, and whether many steps ran in one launch there; ``None`` before the first.

@@ -20,6 +20,7 @@ from ant_jax._logs import Logs
 from ant_jax._model_state import WRITTEN_PARAMS, with_form_of, without_written
 from ant_jax._models import PureModel, applied
 from ant_jax._objective import Objective, transformed
+from ant_jax._packing import PackedLogs, pack
 from ant_jax._state import CYCLE, Accumulator, TrainState
 from ant_jax._trees import PyTree, describe, describe_tree
 from ant_jax.data import batch_size_of
@@ -41,14 +42,12 @@ class StepResult(NamedTuple):
     Attributes:
         state: after the step; its ``stop`` is ``None``.
         stop: boolean scalar, whether a traced hook asked to stop; ``None`` when no traced hook can.
-        logs: every log of this batch, as arrays.
-        weights: how many examples each log stands for, int32 scalars.
+        logs: every log of this batch, and how many examples each stands for.
     """
 
     state: TrainState
     stop: jax.Array | None
-    logs: dict[str, jax.Array]
-    weights: dict[str, jax.Array]
+    logs: PackedLogs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,10 +165,9 @@ class Step:
         state, logs = run_hook("on_batch_end", batch_idx, state, logs)
         weights |= {name: examples for name in logs if name not in weights or name in ("step_skipped", "loss_scale")}
         values = {name: jnp.asarray(value) for name, value in logs.items() if name != "batch_size"}
-        weights |= {name: jnp.where(present, weights[name], 0) for name, present in logs.present.items()}
-        counts = {name: jnp.asarray(weights[name], jnp.int32) for name in values}
+        packed = pack(values, _own_weights(weights, logs.present), tuple(logs.present))
         asked: Any = None if state.stop is stop else state.stop
-        return StepResult(state.replace(stop=None), asked, values, counts)
+        return StepResult(state.replace(stop=None), asked, packed)
 
     def _functions_of(self, state: TrainState, batch: PyTree) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The loss of a batch, and its gradient, as functions of the parameters; ``state`` is that before the batch."""
@@ -242,10 +240,26 @@ class Step:
         state, updates, logs = self.events.step_hook("on_before_apply", batch_idx, state, updates, logs)
         return state.replace(params=optax.apply_updates(state.params, updates), objective=None), logs
 
-    def evaluation_step(self, params: PyTree, model_state: PyTree, batch: PyTree) -> Any:
-        """Return the loss and the metrics of one batch in evaluation mode, as a mapping."""
+    def evaluation_step(self, params: PyTree, model_state: PyTree, batch: PyTree) -> PackedLogs:
+        """Return the loss and the metrics of one batch in evaluation mode."""
         loss, (_, logs) = self.loss_fn(params, model_state, batch, None)
-        return {"loss": jnp.asarray(loss), **{name: jnp.asarray(value) for name, value in logs.items()}}
+        return pack({name: jnp.asarray(value) for name, value in {"loss": loss, **logs}.items()})
+
+
+def _own_weights(weights: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of the logs that do not, or not always, stand for all examples of the batch.
+
+    Logs that stand for the same examples get the very same weight, which is then summed once.
+    """
+    made: dict[Any, Any] = {}
+    own: dict[str, Any] = {}
+    for name, weight in weights.items():
+        there = present.get(name)
+        if there is not None:
+            own[name] = made.setdefault((id(weight), id(there)), jnp.where(there, weight, 0))
+        elif not isinstance(weight, int):
+            own[name] = made.setdefault(id(weight), jnp.asarray(weight))
+    return own
 
 
 def criterion_loss(

@@ -32,7 +32,6 @@ from ant_jax.callbacks import progress_bar
 from ant_jax.callbacks._printing import print_beside_bars
 from ant_jax.data import (
     ArrayLoader,
-    batch_size_of,
     canonical,
     inputs_of,
     length_of,
@@ -622,7 +621,7 @@ class Trainer:
         stop = _either(state.stop, asked)
         memories = {**state.callback_states, **part.callback_states}
         part = part._replace(callback_states=memories, log_sums=state.log_sums)
-        return part.state(state.key, stop, state.host, cycle=cycle), {"batch_size": batch_size_of(batch), **logs}
+        return part.state(state.key, stop, state.host, cycle=cycle), dict(logs)
 
     def _running(self, fact: str) -> Run:
         if self._run is None:

@@ -15,6 +15,7 @@ PACKAGE = pathlib.Path(ant_jax.__file__).parent
 # Bottom to top: a module may import those above its own line.
 LAYERS = [
     {"_broadcasts", "_finite", "_interrupt", "_memories", "_pace", "_requirements", "_seal", "_trees"},
+    {"_packing", "_windows"},
     {
         "_encoding", "_history", "_hyperparams", "_lock", "_logs", "_objective", "_sums", "_model_state", "_modes",
         "metrics",
@@ -84,7 +85,7 @@ def test_a_module_imports_only_from_layers_below_its_own(name):
 
 FOR_CALLBACKS = {
     "_branches", "_callback", "_finite", "_history", "_hyperparams", "_judging", "_memories", "_objective", "_seal",
-    "_trees",
+    "_trees", "_windows",
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ant_jax._callback import Callback
 from ant_jax._history import to_python
+from ant_jax._windows import Window, joined
 from ant_jax.callbacks._arguments import check_count, check_function
 from ant_jax.callbacks._printing import print_beside_bars
 from ant_jax.callbacks._runs import PerRun
@@ -30,9 +31,9 @@ def log_progress(
 ) -> Callback:
     """Print a line every so many batches and one every epoch.
 
-    A batch line has the means of all batches since the last line, and the examples per second of training alone,
-    waiting for data included and evaluation not. Lines are printed when the host has control anyhow, which is about ten
-    times a second, so that training does not wait for them.
+    A batch line has the means of all batches since the last line, weighted as in the history, and the examples per
+    second of training alone, waiting for data included and evaluation not. Lines are printed when the host has control
+    anyhow, which is about ten times a second, so that training does not wait for them.
 
     Args:
         every: batches between lines; at least 1.
@@ -76,7 +77,8 @@ def log_progress(
         report = report_of(trainer)
         report.lines.catch_up()  # what was launched before the last look has run by now
         total = f"/{trainer.steps_per_epoch}" if trainer.steps_per_epoch else ""
-        report.lines.add(functools.partial(report.batches.lines, logs, total), logs)
+        # All logs of a launch are there at once.
+        report.lines.add(functools.partial(report.batches.lines, logs, total), {"loss": logs["loss"]})
         return state, logs
 
     def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
@@ -176,7 +178,7 @@ class _Batches:
         self._began = self._line_began = self._read_at = self._ended = clock()
         self._over_at: float | None = None
         self._done, self._total = done, ""
-        self._parts: list[dict[str, np.ndarray]] = []  # the logs of the next line
+        self._parts: list[Window] = []  # of the next line
 
     def seconds(self) -> float:
         """Since the epoch began."""
@@ -190,13 +192,13 @@ class _Batches:
 
     def lines(self, logs: Any, total: str) -> Iterator[str]:
         """The lines that the batches of a look complete."""
-        window = {name: values for name, values in logs.window.items() if np.ndim(values) == 1}
+        window = logs.window
         count, before, self._total = len(window["loss"]), self._read_at, total
         self._read_at = self._clock() if self._over_at is None else self._over_at
         start = 0
         while start < count:
             end = min(count, start + self._every - (self._done % self._every))
-            self._parts.append({name: values[start:end] for name, values in window.items()})
+            self._parts.append(window.between(start, end))
             self._done += end - start
             self._ended = before + (self._read_at - before) * end / count
             if self._done % self._every == 0:
@@ -204,12 +206,10 @@ class _Batches:
             start = end
 
     def _line(self) -> str:
-        parts, self._parts = self._parts, []
-        values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        rate = sum(values.pop("batch_size")) / max(self._ended - self._line_began, 1e-9)
-        means = {name: np.mean(of_batches) for name, of_batches in values.items()}
+        window, self._parts = joined(self._parts), []
+        rate = sum(window["batch_size"]) / max(self._ended - self._line_began, 1e-9)
         self._line_began = self._ended
-        return f"  batch {self._done}{self._total}: {_in_words(means)} ({rate:,.0f} examples/s)"
+        return f"  batch {self._done}{self._total}: {_in_words(window.means())} ({rate:,.0f} examples/s)"
 
 
 def _is_ready(value: Any) -> bool:

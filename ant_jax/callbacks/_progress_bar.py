@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -31,7 +32,8 @@ def progress_bar(
     In a terminal and in a notebook it is a tqdm bar, drawn at most ten times a second; in a file or a pipe, a line of
     the same content at the beginning, at most every ten seconds, and at the end. It says when a program is being
     compiled: before the first batch, and before the first evaluation. It looks whenever the host has control, and reads
-    logs only to draw. Where it cannot write, since the stream is closed, broken or missing, it is silent.
+    logs only to draw: while batches run, their means since it last looked. Where it cannot write, since the stream is
+    closed, broken or missing, it is silent.
 
     Args:
         file: where to write; by default, standard error.
@@ -111,7 +113,8 @@ class _Bar:
         self._epoch = self._epochs_done = state.epoch
         self._steps = self._initial = state.total_steps
         self._steps_before = self._initial - state.batch_idx  # those of the epochs that are done
-        self._description, self._logs, self._val_logs = "compiling", {}, {}
+        self._description, self._val_logs = "compiling", {}
+        self._read: Callable[[], Mapping[str, Any]] = dict
         self._evaluated = False
         self._began = self._drawn = clock()
         on_screen = file.isatty() or "ipykernel" in sys.modules
@@ -133,10 +136,10 @@ class _Bar:
         else:
             self._draw()
 
-    def batch_done(self, steps_per_epoch: int | None, epoch: int, batch_idx: int, logs: Mapping[str, Any]) -> None:
+    def batch_done(self, steps_per_epoch: int | None, epoch: int, batch_idx: int, logs: Any) -> None:
         self._steps_per_epoch = steps_per_epoch or self._steps_per_epoch
         self._steps = self._steps_before + batch_idx + 1
-        self._epoch, self._logs = epoch, logs
+        self._epoch, self._read = epoch, functools.partial(_latest, logs)
         self._description = f"epoch {epoch + 1}/{self._epochs}"
         self._draw_if_due()
 
@@ -151,7 +154,8 @@ class _Bar:
         self._steps_before, self._epochs_done = self._steps, state.epoch + 1
         if self._steps_per_epoch is None and not state.stop:
             self._steps_per_epoch = state.batch_idx  # now it is known
-        self._logs = {name.removeprefix("train_"): log for name, log in logs.items() if name.startswith("train_")}
+        means = {name.removeprefix("train_"): log for name, log in logs.items() if name.startswith("train_")}
+        self._read = lambda: means
         self._val_logs = {name: log for name, log in logs.items() if not name.startswith("train_")}
         self._description = f"epoch {state.epoch + 1}/{self._epochs}" + (", stopped" if state.stop else "")
         self._draw_if_due()
@@ -172,7 +176,7 @@ class _Bar:
             self._draw()
 
     def _draw(self) -> None:
-        values = _in_short({**self._logs, **self._val_logs})
+        values = _in_short({**self._read(), **self._val_logs})
         self._drawn = self._clock()
         if self._bar is not None:
             with QUIETLY:
@@ -194,6 +198,12 @@ class _Bar:
         )
         self._file.write(f"{line}\n")
         self._file.flush()
+
+
+def _latest(logs: Any) -> dict[str, Any]:
+    """The means of the batches of a look, and what host callbacks have published at it."""
+    window = logs.window
+    return window.means() | {name: logs[name] for name in logs if name not in window}
 
 
 def _in_short(values: Mapping[str, Any]) -> str:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
-
-import numpy as np
 
 from ant_jax._callback import Callback
 from ant_jax._history import to_python
@@ -76,7 +73,7 @@ def recording(
         run, state = under_way(trainer, state, untold=1)
         # The task must not refer to the state: the trainer would copy it instead of overwriting it.
         epoch, step = state.epoch, run.step(state)
-        run.writer.submit(lambda: run.sink.write(_means(logs.window), epoch, step))
+        run.writer.submit(lambda: run.sink.write(logs.window.means(), epoch, step))
         return state, logs
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
@@ -148,14 +145,3 @@ class _Run:
         self._before = self.step(state)
         self._epoch += 1
         return self._before
-
-
-def _means(window: Mapping[str, Any]) -> dict[str, float]:
-    """The mean of every scalar over the examples; a log that not every batch has counts where it is there."""
-    means: dict[str, float] = {}
-    for name, values in window.items():
-        if values.ndim == 1 and name != "batch_size":
-            there = ~np.isnan(values)
-            sizes = window["batch_size"][there]
-            means[name] = float(np.average(values[there].astype(np.float64), weights=sizes)) if any(there) else math.nan
-    return means

@@ -14,6 +14,7 @@ from problems import batches, host, trainer
 
 import ant_jax as ant
 from ant_jax._callback import hooks_of
+from ant_jax._windows import Window
 from ant_jax.callbacks import _files, _records
 from ant_jax.callbacks._background import Writer
 
@@ -179,11 +180,11 @@ def test_a_column_that_comes_later_and_numbers_that_are_not_finite(tmp_path):
 
 def test_what_is_read_is_read_in_the_background(tmp_path, monkeypatch):
     threads: set[str] = set()
-    to_python, means = _records.to_python, _records._means
+    to_python, means = _records.to_python, Window.means
     monkeypatch.setattr(
         _records, "to_python", lambda v: (threads.add(threading.current_thread().name), to_python(v))[1]
     )
-    monkeypatch.setattr(_records, "_means", lambda w: (threads.add(threading.current_thread().name), means(w))[1])
+    monkeypatch.setattr(Window, "means", lambda w: (threads.add(threading.current_thread().name), means(w))[1])
     fit(ant.callbacks.json_log(tmp_path / "log", every=2))
     assert threads == {"ant_jax-writer_0"}
 

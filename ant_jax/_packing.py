@@ -1,0 +1,190 @@
+"""The logs of a step in few arrays, and out of them again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+
+# Scalars that are put into a vector by one kernel of XLA's, whose cost grows with the square of their number.
+GROUP = 32
+# Scalars that a program returns one by one; each costs a launch a microsecond, and its compilation 7 milliseconds.
+FEW = 32
+
+
+@struct.dataclass
+class PackedLogs:
+    """Logs with all scalars of the loss's dtype in one vector, so that bookkeeping costs the same for one and for many.
+
+    (An operation on a scalar costs a small step on a CPU as much as one on a vector.)
+
+    Attributes:
+        names: of the scalars, the loss first.
+        weighed: the logs that do not stand for the examples of their batch, each with the place of its weight in
+            ``scalars``.
+        sometimes: those of them that not every batch has; where a batch lacks one, it and its weight are 0.
+        scalars: the scalars and then the weights, ``[..., names + weights]``. Logs that stand for the same examples
+            share a weight.
+        others: the other logs, ``[..., *shape]``.
+    """
+
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+    weighed: tuple[tuple[str, int], ...] = struct.field(pytree_node=False)
+    sometimes: tuple[str, ...] = struct.field(pytree_node=False)
+    scalars: Any
+    others: dict[str, Any]
+
+    def values(self) -> dict[str, Any]:
+        """Return every log by its name."""
+        return {name: self.scalars[..., i] for i, name in enumerate(self.names)} | self.others
+
+    def weights(self) -> dict[str, Any]:
+        """Return the weights of the logs that have one of their own."""
+        return {name: self.scalars[..., place] for name, place in self.weighed}
+
+    def weights_of_scalars(self, examples: int) -> Any:
+        """Return what each of ``scalars`` is weighed with, in a batch of so many examples: the weights with 1."""
+        if not self.weighed:
+            return examples
+        count, places = self.scalars.shape[-1], dict(self.weighed)
+        at = np.array([places.get(name, -1) for name in self.names] + [-1] * (count - len(self.names)))
+        weights = jnp.asarray(np.where(np.arange(count) < len(self.names), examples, 1), self.scalars.dtype)
+        for place in sorted(set(places.values())):
+            weights = jnp.where(at == place, self.scalars[place], weights)
+        return weights
+
+    def few(self) -> dict[str, Any]:
+        """Return the first logs by their names; :class:`Unpacked` has the others, too."""
+        return {name: self.scalars[..., i] for i, name in enumerate(self.names[:FEW])} | self.others
+
+
+def pack(
+    logs: Mapping[str, Any], weights: Mapping[str, Any] | None = None, sometimes: tuple[str, ...] = ()
+) -> PackedLogs:
+    """Pack the logs of one step, or the form of such logs.
+
+    Args:
+        logs: arrays, the loss among them.
+        weights: scalars, of the logs that do not stand for the examples of the batch.
+        sometimes: the logs that not every batch has; the weight of what it lacks is 0.
+
+    >>> pack({"accuracy": jnp.float32(1), "loss": jnp.float32(2), "norms": jnp.ones(3)}).names
+    ('loss', 'accuracy')
+    """
+    dtype, weights = logs["loss"].dtype, weights or {}
+    scalars = [name for name, log in logs.items() if log.shape == () and log.dtype == dtype]
+    names = sorted(scalars, key=lambda name: (name != "loss", name))
+    distinct = {id(weight): weight for weight in weights.values()}
+    places = {key: len(names) + i for i, key in enumerate(distinct)}
+    vector = _vector([*(logs[name] for name in names), *(weight.astype(dtype) for weight in distinct.values())])
+    packed = PackedLogs(
+        tuple(names),
+        tuple(sorted((name, places[id(weight)]) for name, weight in weights.items())),
+        tuple(sorted(sometimes)),
+        vector,
+        {name: log for name, log in logs.items() if name not in set(names)},
+    )
+    return _without_absent(packed) if sometimes else packed
+
+
+def _without_absent(packed: PackedLogs) -> PackedLogs:
+    """Put zeros where a batch lacks a log: what leaves the step is free of NaN, unless something is wrong."""
+    weights, count = packed.weights(), packed.scalars.shape[-1]
+    may_lack = np.array([name in packed.sometimes for name in packed.names] + [False] * (count - len(packed.names)))
+    lacks = jnp.logical_and(may_lack, packed.weights_of_scalars(1) == 0)
+    others = {
+        name: jnp.where(weights[name] == 0, jnp.zeros_like(log), log) if name in packed.sometimes else log
+        for name, log in packed.others.items()
+    }
+    scalars = jnp.where(lacks, jnp.zeros_like(packed.scalars), packed.scalars)
+    return dataclasses.replace(packed, scalars=scalars, others=others)
+
+
+def _vector(scalars: list[Any]) -> Any:
+    """Put scalars into a vector.
+
+    Not with jnp.stack, because XLA on a CPU makes a kernel of each operand's computation, and compiles each.
+    """
+    groups = [_small_vector(scalars[start : start + GROUP]) for start in range(0, len(scalars), GROUP)]
+    if len(groups) == 1:
+        return groups[0]
+    vector = jnp.zeros(len(scalars), groups[0].dtype)
+    for i, group in enumerate(groups):
+        vector = lax.dynamic_update_slice(vector, group, (i * GROUP,))
+    return vector
+
+
+def _small_vector(scalars: list[Any]) -> Any:
+    vector = jnp.zeros(len(scalars), scalars[0].dtype)
+    for i, value in enumerate(scalars):
+        vector = lax.dynamic_update_index_in_dim(vector, value, i, axis=0, allow_negative_indices=False)
+    return vector
+
+
+class Unpacked(Mapping[str, Any]):
+    """The logs of one step on the host, as device arrays; a log that the batch lacks is NaN (0, for an integer).
+
+    Args:
+        few: what a program has returned of them one by one.
+        packed: all of them, of one step or of several.
+        row: which step's, where there are several.
+        more: other values, by name.
+    """
+
+    def __init__(
+        self,
+        few: Mapping[str, Any],
+        packed: PackedLogs,
+        row: int | None = None,
+        more: Mapping[str, Any] | None = None,
+    ):
+        self._values = {**(more or {}), **few}
+        self._packed, self._row = packed, row
+        self._late = {name: i for i, name in enumerate(packed.names) if i >= FEW}
+        self._unmarked = set(packed.sometimes)
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._late:
+            self._values[name] = self._entry(self._late.pop(name))
+        if name in self._unmarked:
+            self._unmarked.remove(name)
+            self._values[name] = self._marked(self._values[name], self._entry(dict(self._packed.weighed)[name]))
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._values, *self._late])
+
+    def __len__(self) -> int:
+        return len(self._values) + len(self._late)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values or name in self._late
+
+    def _entry(self, place: int) -> Any:
+        indices = [place] if self._row is None else [self._row, place]
+        return _entry(self._packed.scalars, *[jax.device_put(np.int32(index)) for index in indices])
+
+    def _marked(self, value: Any, weight: Any) -> Any:
+        if not jnp.issubdtype(value.dtype, jnp.inexact):
+            return value
+        with jax.debug_nans(False):  # here NaN says that nothing is there
+            return _marked(value, weight)
+
+
+@jax.jit
+def _entry(array: Any, *indices: Any) -> Any:
+    for index in indices:
+        array = lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
+    return array
+
+
+@jax.jit
+def _marked(value: Any, weight: Any) -> Any:
+    return jnp.where(weight > 0, value, jnp.full_like(value, jnp.nan))
