@@ -142,9 +142,9 @@ def _with_carries(total: Any, addend: Any, xp: Any) -> Any:
     high, middle, low = total
     high, carry = _two_sum(high, addend)
     carry, rest = _two_sum(middle, carry)
-    joined = high + carry
+    joined = xp.where(xp.isfinite(high), high + carry, high)
     middle = carry - (joined - high)
-    finite = xp.isfinite(joined)  # or the lower words would be NaN where the sum is infinite
+    finite = xp.isfinite(joined)  # of a sum that is infinite, the rest would be NaN
     zeros = xp.zeros_like(joined)
     return xp.stack([joined, xp.where(finite, middle, zeros), xp.where(finite, low + rest, zeros)])
 
