@@ -124,5 +124,5 @@ def test_so_many_groups_are_under_way_before_one_is_waited_for_and_a_run_begins_
         pace.steps = 10**6
         device.now = device.done_at
         pace.launched(1, device.launch(1))
-        pace.begin()
+        pace = pace.of_next_run()
         device.now = device.done_at

@@ -51,10 +51,11 @@ def test_what_ten_billion_batches_have_summed_takes_up_more_still():
 
 @pytest.mark.parametrize("weight", [1, 3, 2**22])
 def test_the_sum_of_weights_is_as_exact(weight):
-    logs, count = {"loss": jnp.float32(1), "rare": jnp.float32(0.7), "vector": jnp.full(2, 0.7)}, 10**5
+    logs: dict[str, Any] = {"loss": jnp.float32(1), "rare": jnp.float32(0.7), "vector": jnp.full(2, 0.7)}
+    count = 10**5
     sums = summed(logs, count, 8, weights={name: jnp.int32(weight) for name in ("rare", "vector")})
     assert sum(float(word) for word in sums.totals.weights()["rare"]) == weight * count
-    got = means(sums, 8 * count)
+    got: Any = means(sums, 8 * count)
     np.testing.assert_allclose(got["rare"], np.float32(0.7), rtol=6e-8)
     np.testing.assert_allclose(got["vector"], np.float32([0.7, 0.7]), rtol=6e-8)
 

@@ -223,7 +223,7 @@ def test_arrays_that_may_be_batches_are_a_loader(case):
 @pytest.mark.parametrize(
     ("loader", "hint"),
     [(ant.ArrayLoader, "make an instance of it"), (lambda: iter(batches()), "call it"), (3, "3"), (None, "None")],
-    ids=str,
+    ids=["a class", "a function", "a number", "None"],
 )
 def test_what_is_no_iterable_is_no_loader(loader, hint):
     a_trainer = trainer()

@@ -24,7 +24,8 @@ def spoilt(count: int, *bad: int, last: int = BATCH) -> list[Any]:
     loader = batches(count)
     for i in bad:
         loader[i][0][0, 0] = np.nan
-    loader[-1] = tuple(leaf[:last] for leaf in loader[-1])
+    inputs, targets = loader[-1]
+    loader[-1] = inputs[:last], targets[:last]
     return loader
 
 
