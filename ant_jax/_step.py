@@ -228,7 +228,7 @@ class Step:
 
     def _update(self, batch_idx: Any, state: TrainState, objective: Objective, logs: Logs) -> tuple[TrainState, Logs]:
         grads = objective.grad
-        objective = objective.replace(grad=_like(state.params, grads))
+        objective = dataclasses.replace(objective, grad=_like(state.params, grads))
         state = state.replace(objective=objective)
         state, grads, logs = self.events.step_hook("on_before_update", batch_idx, state, grads, logs)
         if self.max_grad_norm is not None:
