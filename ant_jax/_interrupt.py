@@ -52,6 +52,12 @@ def _handled(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
             del _replaced[depth:]
 
 
+class _Mask(threading.local):
+    """The signals that a thread, which may fork while another one does, had blocked before."""
+
+    before: set[int] | None = None
+
+
 class _Forks:
     """Gives a forked child the handlers that were there before, since the child is not the run.
 
@@ -60,17 +66,17 @@ class _Forks:
     """
 
     def __init__(self) -> None:
-        self._of_thread = threading.local()  # two threads may fork at a time
+        self._mask = _Mask()
 
     def block(self) -> None:
         """Block the signals that are handled; before a fork."""
         numbers = {replaced.number for replaced in _replaced}
-        self._of_thread.mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers) if numbers else None
+        self._mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers) if numbers else None
 
     def unblock(self) -> None:
         """Take up the signals that have come meanwhile; after a fork."""
-        if self._of_thread.mask is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._of_thread.mask)
+        if self._mask.before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask.before)
 
     def put_back(self) -> None:
         """Put the former handlers back; in the child."""
