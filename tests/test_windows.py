@@ -21,7 +21,7 @@ library = ant.callbacks
 
 def spoilt(count: int, *bad: int, last: int = BATCH) -> list[Any]:
     """Batches of which some give a loss that is NaN, and the last has so many examples."""
-    loader = batches(count)
+    loader: list[Any] = batches(count)
     for i in bad:
         loader[i][0][0, 0] = np.nan
     inputs, targets = loader[-1]

@@ -149,7 +149,7 @@ def reduce_on_plateau(
         min_value: the learning rate is not reduced below it.
         eps: a reduction by no more than this is not made.
         hyperparam: which one to reduce, by its name in ``state.hyperparams``.
-        name: of the callback. Its memory is ``{"best": float32 scalar, "wait": int32 scalar, "cooldown": int32
+        name: of the callback. Its memory is ``{"best": float scalar, "wait": int32 scalar, "cooldown": int32
             scalar}``: the best value, the epochs since, and those of the cooldown that are left.
 
     Returns:
@@ -179,7 +179,7 @@ def reduce_on_plateau(
 
     def init(state: Any) -> Any:
         state.with_hyperparams(**{hyperparam: 0.0})  # to raise now if it cannot be set
-        return {"best": jnp.float32(sign * jnp.inf), "wait": jnp.int32(0), "cooldown": jnp.int32(0)}
+        return {"best": jnp.asarray(sign * jnp.inf, float), "wait": jnp.int32(0), "cooldown": jnp.int32(0)}
 
     def bar(best: Any) -> Any:
         """What a value must get below, times ``sign``."""
@@ -188,7 +188,7 @@ def reduce_on_plateau(
     def on_epoch_end(epoch: Any, trainer: Any, state: Any, logs: Any) -> Any:
         del epoch, trainer
         memory = state.callback_states[name]
-        value = jnp.asarray(logs[monitor], jnp.float32)
+        value = jnp.asarray(logs[monitor], float)
         improved = sign * value < sign * bar(memory["best"])
         cooling = memory["cooldown"] > 0
         wait = jnp.where(improved | cooling, 0, memory["wait"] + 1)

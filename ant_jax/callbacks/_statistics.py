@@ -60,8 +60,8 @@ def gradient_statistics(
             published a log of the same name.
 
     Returns:
-        A callback that publishes ``grad_norm``, ``param_norm`` and ``update_norm``, float32 scalars. Where a batch
-        brings no update they are NaN and not part of the epoch's mean.
+        A callback that publishes ``grad_norm``, ``param_norm`` and ``update_norm``, scalars of float32 at least. Where
+        a batch brings no update they are NaN and not part of the epoch's mean.
 
     Raises:
         ValueError: ``per_layer`` or ``histograms`` is no bool.
@@ -116,5 +116,6 @@ def _histogram(values: Any) -> Any:
 
 
 def _norm(leaf: Any) -> Any:
-    """In float32: parameters may have a lower precision, in which a sum of squares is worth little."""
-    return optax.tree.norm(jnp.abs(leaf).astype(jnp.float32))
+    """In float32 at least: parameters may have a lower precision, in which a sum of squares is worth little."""
+    magnitudes = jnp.abs(leaf)
+    return optax.tree.norm(magnitudes.astype(jnp.float64 if magnitudes.dtype == jnp.float64 else jnp.float32))

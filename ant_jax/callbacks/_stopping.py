@@ -54,7 +54,7 @@ def early_stopping(
             ``on_train_end``; checkpoints hold the latest and, in the callback's memory, the best. With a callback that
             evaluates an average, ``ema(evaluate=True)``, the average of that epoch is restored, too; list this one
             after it. (Not with ``swa(evaluate=True)``, whose average has moved on by the end of the epoch.)
-        name: of the callback. Its memory is ``{"best": float32 scalar, "wait": int32 scalar}``, the best value so far
+        name: of the callback. Its memory is ``{"best": float scalar, "wait": int32 scalar}``, the best value so far
             and the epochs since, and with ``restore_best`` also ``params``, ``model_state`` and ``averages`` of the
             best epoch, or of the latest as long as there is none.
 
@@ -96,12 +96,12 @@ def early_stopping(
         return {"params": state.params, "model_state": state.model_state, "averages": averages}
 
     def init(state: Any) -> Any:
-        return {"best": jnp.float32(nothing), "wait": jnp.int32(0), **weights(state)}
+        return {"best": jnp.asarray(nothing, float), "wait": jnp.int32(0), **weights(state)}
 
     def on_epoch_end(epoch: Any, trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
         memory = state.callback_states[name]
-        value, counts = jnp.asarray(logs[monitor], jnp.float32), jnp.asarray(epoch >= start_epoch)
+        value, counts = jnp.asarray(logs[monitor], float), jnp.asarray(epoch >= start_epoch)
         improved = counts & (sign * value < sign * memory["best"] - min_delta)
         reset = improved if baseline is None else improved & (sign * value < sign * baseline - min_delta)
         wait = jnp.where(reset | ~counts, 0, memory["wait"] + 1)
@@ -170,11 +170,11 @@ def stop_at(
 
     def init(state: Any) -> Any:
         del state
-        return {"hyperparams": {"threshold": jnp.float32(number(threshold))}} if changing else None
+        return {"hyperparams": {"threshold": jnp.asarray(number(threshold), float)}} if changing else None
 
     def look(position: Any, trainer: Any, state: Any, logs: Any) -> Any:
         del position, trainer
-        value = jnp.asarray(logs[monitor], jnp.float32)
+        value = jnp.asarray(logs[monitor], float)
         bound = state.callback_states[name]["hyperparams"]["threshold"] if changing else number(threshold)
         return state.request_stop(when=value <= bound if mode == "min" else value >= bound), logs
 
