@@ -22,7 +22,7 @@ class Window(Mapping[str, np.ndarray]):
 
     >>> rows = {"batch_size": np.array([2, 2, 1]), "loss": np.array([1.0, 3.0, 5.0])}
     >>> window = Window(rows, {})
-    >>> window.mean("loss"), list(window.weights["loss"])
+    >>> window.mean("loss"), window.weights["loss"].tolist()
     (2.6, [2, 2, 1])
     """
 
