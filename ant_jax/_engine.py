@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -34,6 +35,8 @@ Fuse = Literal["auto"] | bool
 # The most batches in a chunk, and the most memory that they may take; two chunks are on the device at a time.
 MAX_ROWS = 256
 MAX_CHUNK_BYTES = 32 * 2**20
+# The operations for which a low precision is chosen.
+PRODUCTS = ("dot_general", "conv_general_dilated")
 # On a CPU, launches of a chunk that cost less than to transfer it first.
 FEW_LAUNCHES = 16
 # Batches in a chunk of a loader that cannot say how long an epoch is.
@@ -116,6 +119,8 @@ class TrainProgram:
         state, batch = _avals(part.state(key)), _avals(batch)
         # The one time that the step is traced: the programs below call `_step`, and meet the trace in jit's cache.
         traced = self._step.trace(state, batch, _aval(jnp.int32), _aval(jnp.bool_))
+        if step.compute_dtype is not None:
+            _notice_idle_precision(step.compute_dtype, traced.jaxpr)
         self._traced, self._examples = traced, batch_size_of(batch)
         self._logs: PackedLogs = traced.out_info.logs
         self.may_stop = traced.out_info.stop is not None
@@ -454,21 +459,32 @@ def slow_in_loops(jaxpr: Any) -> bool:
     XLA's CPU backend runs a convolution inside a loop or a branch several times slower than outside;
     ``python -m benchmarks.compare --workloads cnn`` measures it.
     """
-    return jax.default_backend() == "cpu" and _contains(jaxpr, "conv_general_dilated")
+    return jax.default_backend() == "cpu" and any(
+        equation.primitive.name == "conv_general_dilated" for equation in _equations(jaxpr)
+    )
 
 
-def _contains(jaxpr: Any, primitive: str) -> bool:
-    """Whether a primitive occurs in a jaxpr or in one that an equation of it holds."""
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a jaxpr, and of those that its equations hold."""
     for equation in getattr(jaxpr, "eqns", ()):
-        if equation.primitive.name == primitive:
-            return True
-        if any(_contains(inner, primitive) for value in equation.params.values() for inner in _listed(value)):
-            return True
-    return False
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, list | tuple) else (value,):
+                yield from _equations(inner)
 
 
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else (value,)
+def _notice_idle_precision(dtype: Any, jaxpr: Any) -> None:
+    """Warn where a step computes none of its products in the low precision that the trainer is to compute in."""
+    products = [equation for equation in _equations(jaxpr) if equation.primitive.name in PRODUCTS]
+    operands = {variable.aval.dtype for product in products for variable in product.invars}
+    if dtype in operands or not any(jnp.issubdtype(operand, jnp.floating) for operand in operands):
+        return
+    name = jnp.dtype(dtype).name
+    warnings.warn(
+        f"precision={name!r} has no effect: no product of matrices in the step has an operand of {name}. A loss_fn is "
+        f"given its batch as it is; cast what goes into the model, inputs.astype(jnp.{name})",
+        stacklevel=2,
+    )
 
 
 def _is_fused(fuse: Fuse, jaxpr: Any) -> bool:

@@ -62,6 +62,7 @@ class Step:
         accumulation_mean: ``"examples"`` or ``"steps"``; see ``Trainer``.
         max_grad_norm: global norm to clip to before the update, or ``None``.
         needs_pairs: whether batches must be ``(inputs, targets)``.
+        compute_dtype: the low precision that the loss is to compute in; ``None``: that of the parameters.
     """
 
     loss_fn: LossFn
@@ -71,6 +72,7 @@ class Step:
     accumulation_mean: str
     max_grad_norm: float | None
     needs_pairs: bool
+    compute_dtype: Any
 
     def check_batch(self, batch: PyTree) -> None:
         """Raise TypeError if the loss cannot read this batch."""

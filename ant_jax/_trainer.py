@@ -80,8 +80,8 @@ class Trainer:
         precision: of the model's arithmetic: ``"float32"``, ``"bfloat16"``, or ``"float16"`` with a dynamic loss scale
             (then the logs have ``step_skipped`` and ``loss_scale``). Parameters, losses and gradients are float32.
             With a ``loss_fn`` only the parameters that it is given are in that precision: cast floating-point inputs
-            where the model is applied, or it computes with them in float32, and what it returns to float32, before the
-            loss.
+            where the model is applied, or it computes with them in float32, which a warning says where all of it does,
+            and what it returns to float32, before the loss.
         fuse: whether many steps run in one launch; ``"auto"``: yes, except for convolutions on a CPU, which XLA runs
             slowly inside loops.
         check_batches: whether to look at the numbers of every batch before it is used, and to refuse those that are not
@@ -146,8 +146,9 @@ class Trainer:
             accumulation_mean=self.accumulation_mean,
             max_grad_norm=self.max_grad_norm,
             needs_pairs=self.criterion is not None,
+            compute_dtype=COMPUTE_DTYPES[self.precision],
         )
-        dtype = COMPUTE_DTYPES[self.precision]
+        dtype = step.compute_dtype
 
         def outputs(params: Any, model_state: Any, inputs: Any) -> Any:
             result, _ = applied(model, cast_floating(params, dtype), model_state, cast_floating(inputs, dtype), None)

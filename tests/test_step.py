@@ -1,5 +1,6 @@
 """The arithmetic of a step: accumulation, clipping, precision, losses, and the errors of criteria and metrics."""
 
+import contextlib
 import re
 from typing import Any
 
@@ -373,6 +374,23 @@ def test_complex_parameters_go_down(options):
     by_hand = complex_steps(loader[:1], start.params)
     tolerance = 1e-5 if options.get("precision") is None else 0.2
     np.testing.assert_allclose(start.params["w"] - 0.1 * grads["w"], by_hand["w"], atol=tolerance)
+
+
+@pytest.mark.parametrize("cast", [True, False])
+def test_a_precision_in_which_no_product_is_computed_is_noticed(cast):
+    def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+        x, y = batch
+        kernel = params["kernel"] if cast else params["kernel"].astype(x.dtype)
+        outputs = (x.astype(kernel.dtype) @ kernel).astype(jnp.float32)
+        return jnp.mean((outputs - y) ** 2), (model_state, {})
+
+    model = (lambda key, batch: ({"kernel": jnp.ones((3, 1))}, {}), lambda *arguments: None)
+    batch = np.ones((4, 3), np.float32), np.ones((4, 1), np.float32)
+    a_trainer = trainer(model=model, criterion=None, loss_fn=loss_fn, precision="bfloat16")
+    state = a_trainer.init(batch)
+    words = r"precision='bfloat16' has no effect: .*inputs.astype\(jnp.bfloat16\)"
+    with contextlib.nullcontext() if cast else pytest.warns(UserWarning, match=words):
+        a_trainer.fit(state, [batch] * 3, 2)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

@@ -20,8 +20,7 @@ def ema(decay: float | Hyperparam = 0.999, *, evaluate: bool = False, name: str 
     Traced, in ``on_batch_end``: after every update, ``average = decay * average + (1 - decay) * params``, from the
     initial parameters on. With ``evaluate=True`` every evaluation sees the average in the place of the parameters, and
     so do callbacks that monitor it: the best checkpoint is then the one with the best average. The average is kept in
-    float32 at least, since small steps get lost in a lower precision; what is no floating or complex number is as it is
-    in the parameters. To use the average by hand::
+    float32 at least, since small steps get lost in a lower precision. To use the average by hand::
 
         average = optax.tree.cast_like(state.callback_states["ema"]["average"], state.params)
         trainer.predict(state.replace(params=average), inputs)
@@ -188,11 +187,9 @@ def _begun(params: Any) -> Any:
 
 
 def _moved(average: Any, params: Any, share: Any) -> Any:
-    """The average, moved by a share of the way to the parameters; what has no average is as in the parameters."""
+    """The average, moved by a share of the way to the parameters."""
 
     def moved(old: Any, new: Any) -> Any:
-        if not jnp.issubdtype(old.dtype, jnp.inexact):
-            return new
         # The share in the precision of the average: in a lower one, what is added and what is left do not make one.
         step = jnp.asarray(share, jnp.finfo(old.dtype).dtype)
         updated: Any = optax.incremental_update(new.astype(old.dtype), old, step)

@@ -24,8 +24,9 @@ def init(key: Any, batch: Any) -> Any:
 
 def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
     """Where the second column is 0, the loss is finite and its gradient is not."""
-    loss = jnp.mean(jnp.square(params["a"] * batch[:, 0])) + jnp.mean(jnp.sqrt(params["b"] * batch[:, 1]))
-    return loss, ({"seen": model_state["seen"] + jnp.mean(batch).astype(jnp.float32)}, {})
+    x, y = batch.astype(params["a"].dtype).T
+    loss = jnp.mean(jnp.square(params["a"] * x)) + jnp.mean(jnp.sqrt(params["b"] * y))
+    return loss.astype(jnp.float32), ({"seen": model_state["seen"] + jnp.mean(batch)}, {})
 
 
 def guarded(*callbacks: ant.Callback, **options: Any) -> ant.Trainer:
@@ -151,7 +152,7 @@ def test_what_overflows_in_float16_is_the_loss_scales_business(callback):
     assert [int(value) for value in memory.values()] == ([-1, -1, -1] if "step" in memory else [0, 0])
 
     def infinite(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
-        return params["a"] * jnp.mean(batch) + jnp.asarray(jnp.inf, batch.dtype), (model_state, {})
+        return params["a"].astype(batch.dtype) * jnp.mean(batch) + jnp.inf, (model_state, {})
 
     # Finite gradients of a loss that is none: nothing that a smaller scale could mend.
     a_trainer = guarded(callback, precision="float16", fuse=False, loss_fn=infinite)
