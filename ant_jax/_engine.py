@@ -477,7 +477,7 @@ def _notice_idle_precision(dtype: Any, jaxpr: Any) -> None:
     """Warn where a step computes none of its products in the low precision that the trainer is to compute in."""
     products = [equation for equation in _equations(jaxpr) if equation.primitive.name in PRODUCTS]
     operands = {variable.aval.dtype for product in products for variable in product.invars}
-    if dtype in operands or not any(jnp.issubdtype(operand, jnp.floating) for operand in operands):
+    if jnp.dtype(dtype) in operands or not any(jnp.issubdtype(operand, jnp.floating) for operand in operands):
         return
     name = jnp.dtype(dtype).name
     warnings.warn(
