@@ -142,9 +142,11 @@ class Step:
         functions = self._functions_of(state, batch)
         state, grads, step_logs, finite = self.gradients(state, batch)
         before_hooks, logs = state.replace(skip=skip), logs.changed_to({**logs, **step_logs})
-        state, grads, logs = run_hook("on_backward_end", batch_idx, before_hooks, grads, logs)
+        state, grads, after_hooks = run_hook("on_backward_end", batch_idx, before_hooks, grads, logs)
         if finite is not None:  # what hooks made of gradients that overflowed must not stay
             state = _where(finite, state, before_hooks)
+            after_hooks = _published_if(finite, logs, after_hooks)
+        logs = after_hooks
         if state.skip is not skip:
             skipped: Any = state.skip
             kept = ~skipped
@@ -262,6 +264,13 @@ def _own_weights(weights: Mapping[str, Any], present: Mapping[str, Any]) -> dict
         elif not isinstance(weight, int):
             own[name] = made.setdefault(id(weight), jnp.asarray(weight))
     return own
+
+
+def _published_if(condition: Any, before: Logs, after: Logs) -> Logs:
+    """Let what hooks have published between two logs be absent where a condition does not hold."""
+    published = [name for name, log in after.items() if log is not before.get(name)]
+    present = {name: condition & after.present[name] if name in after.present else condition for name in published}
+    return after.changed_to(Logs(after, present=present))
 
 
 def criterion_loss(

@@ -44,6 +44,47 @@ def test_a_sound_run_raises_no_alarm(name, tmp_path):
     assert len(history) == 2
 
 
+def test_what_waits_for_a_better_value_raises_no_alarm():
+    waiting = [
+        library.early_stopping(restore_best=True),
+        library.early_stopping("train_loss", mode="max", name="max"),
+        library.reduce_on_plateau(mode="max"),
+    ]
+    optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.01)
+    with jax.debug_nans(True), jax.debug_infs(True):
+        a_trainer = make(*waiting, optimizer=optimizer)
+        _, history = a_trainer.fit(a_trainer.init(GOOD), [GOOD] * 2, 2, [GOOD])
+    assert len(history) == 2
+
+
+def test_what_is_published_of_gradients_that_overflow_float16_is_absent():
+    # Gradients of 40 times the scale of the loss, 2**15, are too large; at the fourth step the scale is small enough.
+    model = (lambda key, x: ({"w": jnp.zeros(())}, {}), lambda p, s, x, key: (x * p["w"], s))
+    batch = np.full(4, 8, np.float32), np.full(4, -5, np.float32)
+    windows: list[Any] = []
+
+    def see(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        windows.append(logs.window)
+        return state, logs
+
+    with jax.debug_nans(True), jax.debug_infs(True):
+        a_trainer = ant.Trainer(
+            model,
+            optax.sgd(0.0),
+            optax.l2_loss,
+            callbacks=[library.gradient_norm(), ant.Callback(name="see", every=9, on_batch_end=see)],
+            precision="float16",
+            progress_bar=False,
+        )
+        _, history = a_trainer.fit(a_trainer.init(batch), [batch] * 9, 1)
+    skipped = int(round(9 * history[0]["train_step_skipped"]))
+    assert 0 < skipped < 9
+    assert history[0]["train_grad_norm"] == 40
+    (window,) = windows
+    np.testing.assert_array_equal(window["grad_norm"], [np.nan] * skipped + [40] * (9 - skipped))
+    assert window.mean("grad_norm") == 40
+
+
 @pytest.mark.parametrize("before", [False, True], ids=["", "compiled before"])
 @pytest.mark.parametrize("fuse", [True, False])
 def test_a_nan_has_its_step_its_operation_and_the_state_before_it(fuse, before):

@@ -179,7 +179,8 @@ def reduce_on_plateau(
 
     def init(state: Any) -> Any:
         state.with_hyperparams(**{hyperparam: 0.0})  # to raise now if it cannot be set
-        return {"best": jnp.asarray(sign * jnp.inf, float), "wait": jnp.int32(0), "cooldown": jnp.int32(0)}
+        worst = sign * jnp.finfo(jnp.result_type(float)).max  # finite, because jax_debug_infs is to find none
+        return {"best": jnp.asarray(worst, float), "wait": jnp.int32(0), "cooldown": jnp.int32(0)}
 
     def bar(best: Any) -> Any:
         """What a value must get below, times ``sign``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -83,7 +82,9 @@ def early_stopping(
     start_epoch = check_count("early_stopping", "start_epoch", start_epoch, least=0)
     check_flag("early_stopping", "restore_best", restore_best)
     sign = 1.0 if mode == "min" else -1.0
-    nothing = sign * math.inf
+
+    def worst(dtype: Any) -> Any:
+        return sign * jnp.finfo(dtype).max  # finite, because jax_debug_infs is to find none in a sound run
 
     def weights(state: Any) -> dict[str, Any]:
         if not restore_best:
@@ -96,7 +97,7 @@ def early_stopping(
         return {"params": state.params, "model_state": state.model_state, "averages": averages}
 
     def init(state: Any) -> Any:
-        return {"best": jnp.asarray(nothing, float), "wait": jnp.int32(0), **weights(state)}
+        return {"best": jnp.asarray(worst(jnp.result_type(float)), float), "wait": jnp.int32(0), **weights(state)}
 
     def on_epoch_end(epoch: Any, trainer: Any, state: Any, logs: Any) -> Any:
         del trainer
@@ -106,7 +107,7 @@ def early_stopping(
         reset = improved if baseline is None else improved & (sign * value < sign * baseline - min_delta)
         wait = jnp.where(reset | ~counts, 0, memory["wait"] + 1)
         best = jnp.where(improved, value, memory["best"])
-        keeps, now = improved | (best == nothing), weights(state)
+        keeps, now = improved | (sign * best >= sign * worst(best.dtype)), weights(state)
         for other in now.get("averages", {}):
             if any("count" in inner for inner in evaluated_in(state.callback_states[other])):
                 raise ValueError(

@@ -82,7 +82,8 @@ def by_keras(
 ) -> tuple[int | None, float, int, int]:
     """What keras.callbacks.EarlyStopping does, written down again: the epoch of the stop, best, wait, best epoch."""
     sign = 1 if mode == "min" else -1
-    best, wait, best_epoch = sign * np.inf, 0, 0
+    worst = float(np.finfo(np.float32).max)
+    best, wait, best_epoch = sign * worst, 0, 0
     for epoch, value in enumerate(values):
         if epoch < start_epoch:
             best_epoch = epoch
@@ -93,7 +94,7 @@ def by_keras(
             if baseline is None or sign * value + min_delta < sign * baseline:
                 wait = 0
         else:
-            best_epoch = epoch if np.isinf(best) else best_epoch
+            best_epoch = epoch if sign * best == worst else best_epoch
             if wait >= patience:
                 return epoch, best, wait, best_epoch
     return None, best, wait, best_epoch
