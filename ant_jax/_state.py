@@ -277,7 +277,10 @@ class TrainState:
             RuntimeError: in any other hook.
         """
         if self.skip is None:
-            raise RuntimeError("state.skip_batch is for on_backward_end; elsewhere it is too late, or too early")
+            raise RuntimeError(
+                "state.skip_batch is for on_backward_end; elsewhere it is too late, or too early. To call such a hook "
+                "by hand, give it state.replace(skip=False)"
+            )
         return self.replace(skip=jnp.logical_or(self.skip, when))
 
     @property

@@ -21,6 +21,7 @@ from ant_jax._callback import Callback, checked
 from ant_jax._engine import Fuse, Programs
 from ant_jax._events import Events
 from ant_jax._feed import Loaders
+from ant_jax._finite import NonFiniteError
 from ant_jax._history import History, to_python
 from ant_jax._loop import Loop, evaluate, refuse_other_data
 from ant_jax._models import PureModel, applied, initialized, pure_functions
@@ -611,6 +612,9 @@ class Trainer:
         Returns:
             The state after the step, and the logs of the batch. A window of gradient accumulation closes when it is
             full; nothing closes it earlier, as the end of an epoch does in ``fit``.
+
+        Raises:
+            NonFiniteError: under ``jax_debug_nans``, a number is not finite; ``train_state`` is the state before.
         """
         self._states.check(state)
         batch = canonical(batch)
@@ -618,7 +622,14 @@ class Trainer:
         part = self._states.part(state)
         program = self._programs.train(part, state.key, batch)
         key_data = self._programs.key_data_of(state.key)
-        part, cycle, asked, logs = program.step_by_hand(part, key_data, state.cycle, batch)
+        try:
+            part, cycle, asked, logs = program.step_by_hand(part, key_data, state.cycle, batch)
+        except FloatingPointError as error:  # of jax_debug_nans
+            if isinstance(state.step, Tracer):  # inside a function of the user's, whose steps have no numbers yet
+                raise
+            found: Any = NonFiniteError(f"{error}, at step {state.total_steps} by hand")
+            found.train_state = state
+            raise found from error
         stop = _either(state.stop, asked)
         memories = {**state.callback_states, **part.callback_states}
         part = part._replace(callback_states=memories, log_sums=state.log_sums)

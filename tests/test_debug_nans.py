@@ -108,6 +108,17 @@ def test_an_infinity_is_found_where_jax_is_to_look_for_it():
     assert hasattr(caught.value, "train_state")
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_nan_in_a_step_by_hand_has_its_step_and_the_state_before_it(accumulation):
+    a_trainer = make(gradient_accumulation_steps=accumulation)
+    state = a_trainer.init(GOOD)
+    with jax.debug_nans(True):
+        state, _ = a_trainer.train_step(state, GOOD)
+        with pytest.raises(ant.NonFiniteError, match="encountered in log, at step 1 by hand") as caught:
+            a_trainer.train_step(state, BAD)
+    assert caught.value.train_state is state  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_a_nan_in_the_evaluation_has_its_batch():
     a_trainer = make()
     state = a_trainer.init(GOOD)

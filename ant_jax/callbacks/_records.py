@@ -78,7 +78,7 @@ def recording(
 
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         run, state = under_way(trainer, state)
-        step = run.end_epoch(state)
+        epoch, step = int(epoch), run.end_epoch(state)  # by hand it may be an array
         if epochs:
             run.writer.submit(lambda: run.sink.write({log: to_python(logs[log]) for log in logs}, epoch, step))
         return state, logs

@@ -8,6 +8,7 @@ import pathlib
 import threading
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import batches, host, trainer
@@ -41,6 +42,17 @@ def test_a_record_an_epoch_is_the_history(kind, tmp_path):
     rows = rows_of(path)
     assert [(row.pop("epoch"), row.pop("step")) for row in rows] == [(0, 5), (1, 10), (2, 15)]
     assert rows == list(state.history)
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+@pytest.mark.parametrize("number", [int, np.int64, jnp.int32])
+def test_hooks_called_by_hand_take_any_number(kind, number, tmp_path):
+    path, a_trainer = tmp_path / f"log.{kind}", trainer()
+    hooks, state = hooks_of(FACTORIES[kind](path)), a_trainer.init(batches()[0])
+    hooks["on_train_begin"](a_trainer, state, {})
+    hooks["on_epoch_end"](number(3), a_trainer, state, {"train_loss": 0.5})
+    hooks["on_train_end"](a_trainer, state, {})
+    assert rows_of(path) == [{"epoch": 3, "step": 0, "train_loss": 0.5}]
 
 
 @pytest.mark.parametrize(("kind", "of_epochs"), [("csv", 0), ("json", 3)])
