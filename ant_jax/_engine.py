@@ -402,7 +402,7 @@ class Programs:
             self._fitting.add(form)
 
 
-def rows_of(feed: Feed, fused: bool, every: Iterable[int] = (), ahead: int | None = None) -> int | None:
+def rows_of(feed: Feed, fused: bool, every: Iterable[int] = (), most: int = MAX_ROWS) -> int | None:
     """How many batches to stack into a chunk of this feed; ``None`` when each is launched by itself.
 
     Chunks end where looks do, where they can: every so many batches, for the rarest looks that fit into a chunk.
@@ -411,13 +411,11 @@ def rows_of(feed: Feed, fused: bool, every: Iterable[int] = (), ahead: int | Non
         feed: whose.
         fused: whether a launch may have more than one step.
         every: the intervals of looks.
-        ahead: batches that may be read beyond the one that is trained on; ``None``: any number.
+        most: batches in a chunk, at most.
     """
     if not fused:
         return None
-    most = max(1, min(MAX_ROWS, MAX_CHUNK_BYTES // max(1, _bytes_of(feed.first))))
-    if ahead is not None:
-        most = max(1, min(most, ahead - 1))  # the chunk is read with the batch after it while the one before it runs
+    most = max(1, min(most, MAX_ROWS, MAX_CHUNK_BYTES // max(1, _bytes_of(feed.first))))
     batches = feed.length
     if batches is None:
         return min(most, ROWS_OF_UNKNOWN)

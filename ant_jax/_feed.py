@@ -37,7 +37,8 @@ class Loaders(NamedTuple):
         val: the same, or ``None``.
         steps_per_epoch: batches of an epoch, or ``None`` when the loader ends.
         validation_steps: batches of an evaluation at most, or ``None``.
-        prefetch: batches to read beyond the one that is trained on, at most; ``None``: as many as a launch may want.
+        prefetch: batches to read beyond the one that is trained on, at most; ``None``: as many as a launch may want,
+            and of an iterator that cannot be put back no more than host callbacks let pass without a look.
     """
 
     train: Any
@@ -71,6 +72,10 @@ class Chunk(NamedTuple):
     examples: int
     last: bool | None
     places: Sequence[Place | None] | None = None
+
+
+def _never(done: int) -> bool:
+    return False
 
 
 class Feed:
@@ -142,6 +147,11 @@ class Feed:
         """Batches of the epoch that are read, as far as it matters: those of an ``ArrayLoader`` are not lost."""
         return 0 if self._reader is None else self._reader.read
 
+    @property
+    def is_read_once(self) -> bool:
+        """Whether what is read of the loader is gone, because it is an iterator that cannot be put back."""
+        return self._reader is not None and self._reader.is_read_once
+
     @contextlib.contextmanager
     def putting_back(self, used: Callable[[], tuple[int, Place | None]]) -> Iterator[None]:
         """Put an iterator back behind the last batch that was used, however the body ends.
@@ -179,7 +189,9 @@ class Feed:
         whole, rest = self._loader.left(self._position)
         return self._start + whole + bool(rest)
 
-    def chunks(self, rows: int | None, seconds: float, *, peek: bool = True) -> Iterator[Chunk]:
+    def chunks(
+        self, rows: int | None, seconds: float, *, peek: bool = True, pauses: Callable[[int], bool] = _never
+    ) -> Iterator[Chunk]:
         """Cut the epoch into chunks.
 
         Args:
@@ -187,10 +199,12 @@ class Feed:
             seconds: a chunk is closed early when the loader has taken so long for it.
             peek: whether to read the batch after a chunk before the chunk is given, which tells whether that is the
                 last; otherwise only ``limit`` tells.
+            pauses: returns whether to close a chunk when so many batches of the epoch are read. An ``ArrayLoader``'s
+                chunks are closed where they are full.
         """
         if isinstance(self._loader, ArrayLoader):
             return self._gathered(self._loader, rows)
-        return self._filled(rows, seconds, peek)
+        return self._filled(rows, seconds, peek, pauses)
 
     def _gathered(self, loader: ArrayLoader, rows: int | None) -> Iterator[Chunk]:
         """An ``ArrayLoader``'s chunks, each gathered by one indexing operation, or its single batches."""
@@ -212,7 +226,7 @@ class Feed:
             batch = next(loader.batches(self._epoch, position))
             yield Chunk(jax.tree.map(lambda leaf: leaf[None], batch), 1, rest, last=True)
 
-    def _filled(self, rows: int | None, seconds: float, peek: bool) -> Iterator[Chunk]:
+    def _filled(self, rows: int | None, seconds: float, peek: bool, pauses: Callable[[int], bool]) -> Iterator[Chunk]:
         """Chunks filled batch by batch; an exception of the loader comes after the batches before it."""
         stack, deadline = None, 0.0
         batch, done, failure = (self._first, self._form), self._start, None
@@ -225,7 +239,7 @@ class Feed:
                 stack, deadline = _Stack(rows, leaves, form), time.monotonic() + seconds
             stack.add(leaves, self._place)  # before the loader is asked for more, so that it may reuse its buffers
             done += 1
-            full = stack.filled == (rows or 1)
+            full = stack.filled == (rows or 1) or pauses(done)
             if full and not peek and done != self._limit:
                 if form is not self._form:
                     self._refuse_other_form(leaves, form, done - 1, last=True)  # which is not known yet

@@ -26,8 +26,9 @@ epoch counts as done. Ctrl-C and SIGTERM act where the state is whole, too: betw
 between epochs.
 
 Batches are read ahead: while those of a launch are trained on, the next ones are read, and one more, to see whether
-one follows. With ``prefetch=0`` a batch is read after the hooks of the one before; where ``steps_per_epoch`` does not
-tell whether one follows, it is read before the ``on_checkpoint`` of the one before.
+one follows. An iterator that cannot be put back is read to the next batch after which a host callback looks, and on
+after that look. With ``prefetch=0`` a batch is read after the hooks of the one before. Where a loader is read so, and
+``steps_per_epoch`` does not tell whether a batch follows, it is read before the ``on_checkpoint`` of the one before.
 
 A batch size that a callback asks for begins at its batch, in the order of the examples that the epoch has.
 
@@ -41,12 +42,13 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Container, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from ant_jax._checking import BatchChecks
 from ant_jax._engine import (
+    MAX_ROWS,
     Cursor,
     Launch,
     Programs,
@@ -75,6 +77,21 @@ _logger = logging.getLogger("ant_jax")
 
 # An evaluation of so long on a loader that cannot tell its length is worth a line.
 LONG_SECONDS = 5.0
+
+
+class ReadAhead(NamedTuple):
+    """How far a loader is read ahead of training.
+
+    Attributes:
+        most: batches in a chunk, at most.
+        peek: whether the batch after a chunk is read with it.
+        pauses: returns whether, when so many batches of the epoch are read, nothing is read before the hooks after the
+            last of them have run.
+    """
+
+    most: int = MAX_ROWS
+    peek: bool = True
+    pauses: Callable[[int], bool] = lambda done: False
 
 
 class Loop:
@@ -262,12 +279,12 @@ class Loop:
         costs.runs(program)
         pace = self._paces.get(program) or self._paces.setdefault(program, program.begin_pace())
         intervals = [look.every for look in looks if look.every is not None and not isinstance(look.every, range)]
-        ahead = self._loaders.prefetch
-        rows = self._rows.setdefault(program, rows_of(feed, program.fused, intervals, ahead))
+        ahead = self._ahead(feed, looks)
+        rows = self._rows.setdefault(program, rows_of(feed, program.fused, intervals, ahead.most))
         launches = 1 if rows is None else rows // min([rows, *intervals])
         place = "train_loader", live.host.epoch, live.host.batch_idx
         prepare = _prepare(self._trainer, self._programs, live.part(), feed, place, rows is not None, launches)
-        read = feed.chunks(rows, LAUNCH_SECONDS, peek=ahead != 0)
+        read = feed.chunks(rows, LAUNCH_SECONDS, peek=ahead.peek, pauses=ahead.pauses)
         chunks = Ahead(read, prepare, costs.waiting_for_data)
         launch = None
         for chunk in chunks:
@@ -284,7 +301,7 @@ class Loop:
                     launch = program.launch_checked(live, cursor)
                 else:
                     launch = program.launch(live, cursor, self._length(looks, program, pace, cursor))
-                if not cursor.remaining and (ahead is None or ahead > 1):
+                if not cursor.remaining and not ahead.pauses(cursor.batch_idx):
                     chunks.fetch()
                 pace.launched(launch.steps, launch.latest["loss"])
                 self._place = None if chunk.places is None else chunk.places[cursor.row]
@@ -297,6 +314,25 @@ class Loop:
         self._deferred = None
         self._end_open(looks, live.host.batch_idx, launch)
         return True
+
+    def _ahead(self, feed: Feed, looks: list[Look]) -> ReadAhead:
+        """How far to read ahead, as ``prefetch`` says, or as the loader and the looks let it."""
+        prefetch, pausing = self._loaders.prefetch, [look for look in looks if look.every is not None]
+        if prefetch is not None:
+            # A chunk is read, with the batch after it, while the one before it runs.
+            return ReadAhead(max(1, prefetch - 1), prefetch > 0, lambda done: prefetch < 2)
+        if not pausing or not feed.is_read_once:
+            return ReadAhead()
+
+        def pauses(done: int) -> bool:
+            # A look may stop the run, which loses what is read, and may change what the loader is to give.
+            stops = self._live.stop and done % self._window == 0
+            return stops or any(look.ends(done) for look in pausing)
+
+        intervals = [look.every for look in pausing if isinstance(look.every, int)]
+        # The last batch of an epoch closes the accumulation window, so it must be known.
+        peek = self._window > 1 and self._loaders.steps_per_epoch is None
+        return ReadAhead(min(intervals, default=MAX_ROWS), peek, pauses)
 
     def _open(self, program: TrainProgram, looks: list[Look], begun: bool) -> None:
         """Begin the sums and the accumulation window of an epoch, or take up those that the state is in.

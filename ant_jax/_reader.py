@@ -123,6 +123,11 @@ class Reader:
         return self._limit is not None and (self._since_beginning is None or self._since_beginning >= self._limit)
 
     @property
+    def is_read_once(self) -> bool:
+        """Whether the loader is an iterator that cannot be put back, so that what is read of it is gone."""
+        return self._is_own_iterator and not self._has_state
+
+    @property
     def _is_own_iterator(self) -> bool:
         return self._iterator is self._loader
 

@@ -428,9 +428,13 @@ class Trainer:
             validation_steps: evaluate on so many batches at most, the first ones of ``val_loader``; needed for one
                 without an end. An iterator goes on where the last evaluation left it.
             prefetch: how many batches may be read from ``train_loader`` beyond the one that is trained on. ``None``: as
-                many as two launches may want, a few hundred small ones. With 0 a batch is read when all hooks of the
-                one before have run, so that it may depend on what they have seen, as on-policy data do, and so that
-                a run that stops loses none; then every step is a launch of its own, for which the device waits.
+                many as two launches may want, a few hundred small ones; an iterator without ``get_state`` and
+                ``set_state``, such as a generator, is read only to the next batch after which a host callback looks, by
+                its ``every``, and on after that look, which may stop the run or change what the iterator gives. (With
+                ``gradient_accumulation_steps`` and no ``steps_per_epoch`` it is read one batch further.) With 0 a batch
+                is read when all hooks of the one before have run, so that it may depend on what they have seen, as
+                on-policy data do, and so that a run that stops loses none; then every step is a launch of its own, for
+                which the device waits.
             resume: a directory that a ``checkpoint`` callback saves into. If it has a checkpoint, the run goes on from
                 the newest sound one, instead of ``state``; a damaged one is renamed, with a warning. If it has none,
                 the run begins with ``state``. So the same command, started again, goes on; of a run that is over, only

@@ -271,15 +271,17 @@ def test_a_loader_with_another_batch_size_describes_itself():
 
 
 class Stream:
-    """An endless iterator that counts what it gives, and cannot be put anywhere."""
+    """An iterator that counts what it gives, and cannot be put anywhere; without a ``count`` it has no end."""
 
-    def __init__(self) -> None:
-        self.given = 0
+    def __init__(self, count: int | None = None) -> None:
+        self.given, self._count = 0, count
 
     def __iter__(self) -> Any:
         return self
 
     def __next__(self) -> Any:
+        if self.given == self._count:
+            raise StopIteration
         self.given += 1
         return batches(12)[(self.given - 1) % 12]
 
@@ -342,11 +344,12 @@ def test_after_a_stop_an_iterator_goes_on_at_the_next_batch(fuse, caplog):
     state, _ = a_trainer.fit(a_trainer.init(batches(1)[0]), stream, 1, steps_per_epoch=100)
     assert (int(state.step), stream.given) == (5, 5)
     assert not caplog.text
-    stream = Stream()
-    a_trainer.fit(a_trainer.init(batches(1)[0]), stream, 1, steps_per_epoch=100, prefetch=0)
-    assert stream.given == 5
+    for prefetch in (0, None):
+        stream = Stream()
+        a_trainer.fit(a_trainer.init(batches(1)[0]), stream, 1, steps_per_epoch=100, prefetch=prefetch)
+        assert stream.given == 5
     assert not caplog.text
-    a_trainer.fit(a_trainer.init(batches(1)[0]), stream, 1, steps_per_epoch=100)
+    a_trainer.fit(a_trainer.init(batches(1)[0]), stream, 1, steps_per_epoch=100, prefetch=3)
     assert f"train_loader has given {stream.given - 10} batches that were not used" in caplog.text
 
 
@@ -410,9 +413,43 @@ def test_no_more_batches_are_read_ahead_than_may_be(fuse, prefetch):
     assert_bit_equal(end, a_trainer.fit(state, Stream(), 1, steps_per_epoch=30)[0])
 
 
+def borders(*intervals: int, end: int) -> list[int]:
+    return sorted({done for every in intervals for done in range(every, end, every)} | {end})
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("limit", [None, 23])
+@pytest.mark.parametrize("intervals", [(1,), (5,), (3, 5), (100,)])
+def test_what_can_be_read_only_once_is_read_to_the_next_look(fuse, limit, intervals):
+    read: list[int] = []
+    stream = Stream(limit or 23)
+
+    def note(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        read.append(stream.given)
+        return state, logs
+
+    looks = [host(f"look_{every}", every=every, on_batch_end=note) for every in intervals]
+    a_trainer = trainer(*looks, fuse=fuse)
+    state = a_trainer.init(batches(1)[0])
+    end, _ = a_trainer.fit(state, stream, 1, steps_per_epoch=limit)
+    assert sorted(set(read)) == borders(*intervals, end=23)
+    assert_bit_equal(end, a_trainer.fit(state, Stream(23), 1, steps_per_epoch=limit, prefetch=50)[0])
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_stop_inside_an_accumulation_window_reads_to_its_end(fuse):
+    stop = host(every=5, on_batch_end=lambda b, t, state, logs: (state.request_stop(), logs))
+    a_trainer = trainer(stop, fuse=fuse, gradient_accumulation_steps=4)
+    for limit, given in ((100, 8), (None, 9)):  # without a limit, the last batch is known by the one after it
+        stream = Stream()
+        end, _ = a_trainer.fit(a_trainer.init(batches(1)[0]), stream, 1, steps_per_epoch=limit)
+        assert (int(end.step), stream.given) == (8, given)
+
+
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("limit", [None, 8])
-def test_with_prefetch_0_batches_may_depend_on_the_run(fuse, limit):
+@pytest.mark.parametrize("prefetch", [None, 0])
+def test_batches_may_depend_on_the_run(fuse, limit, prefetch):
     seen: list[int] = []
     now = {"step": 0}
 
@@ -426,7 +463,7 @@ def test_with_prefetch_0_batches_may_depend_on_the_run(fuse, limit):
         return state, logs
 
     a_trainer = trainer(host(on_batch_end=publish), fuse=fuse)
-    a_trainer.fit(a_trainer.init(batches(1)[0]), on_policy(), 1, steps_per_epoch=limit, prefetch=0)
+    a_trainer.fit(a_trainer.init(batches(1)[0]), on_policy(), 1, steps_per_epoch=limit, prefetch=prefetch)
     assert seen == list(range(8))
 
 
