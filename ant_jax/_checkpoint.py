@@ -78,7 +78,7 @@ class Checkpointer:
         mode: Literal["min", "max"] | None = None,
         allow_nonfinite: bool = False,
     ):
-        self.directory, self._device_names = pathlib.Path(directory).absolute(), device_names
+        self.directory, self._device_names = directory_of(directory), device_names
         self._keep, self._keep_best, self._mode = keep, keep_best, mode
         self._allow_nonfinite = allow_nonfinite
         self._saving: tuple[int, int] | None = None  # step and bytes of the save that is under way
@@ -365,6 +365,21 @@ def _refuse_nonfinite(arrays: Mapping[Path, np.ndarray], step: int) -> None:
         )
 
 
+def directory_of(directory: Any) -> pathlib.Path:
+    """Return the absolute path of a directory of checkpoints.
+
+    Raises:
+        TypeError: it is no path.
+
+    >>> directory_of(None)
+    Traceback (most recent call last):
+    TypeError: directory must be the path of a directory of checkpoints, got None
+    """
+    if not isinstance(directory, str | os.PathLike) or not isinstance(os.fspath(directory), str):
+        raise TypeError(f"directory must be the path of a directory of checkpoints, got {directory!r}")
+    return pathlib.Path(directory).absolute()
+
+
 def steps_in(directory: pathlib.Path) -> list[int]:
     """The steps that a directory has checkpoints of, in order; damaged ones among them."""
     found = (re.fullmatch(rf"{PREFIX}_(0|[1-9]\d*)", path.name) for path in directory.glob(f"{PREFIX}_*/"))
@@ -395,7 +410,7 @@ def read(directory: str | os.PathLike[str], step: int | None = None) -> Snapshot
         CheckpointCorrupt: it is damaged.
         StateMismatch: it is of a format that this version does not read.
     """
-    directory = pathlib.Path(directory).absolute()
+    directory = directory_of(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory} to restore from")
     steps = steps_in(directory)

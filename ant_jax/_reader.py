@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ant_jax.data import BatchError, cannot_go_on, has_state
+from ant_jax.data import BatchError, cannot_go_on, has_state, refuse_no_iterable
 
 
 _logger = logging.getLogger("ant_jax")
@@ -38,9 +38,7 @@ class Reader:
     """
 
     def __init__(self, loader: Any, name: str, limit: int | None = None, place: Place | None = None):
-        if not isinstance(loader, Iterable):
-            hint = "; make an instance of it" if isinstance(loader, type) else "; call it" if callable(loader) else ""
-            raise TypeError(f"{name} must be an iterable of batches, got {loader!r:.200}{hint}")
+        refuse_no_iterable(loader, name)
         self._loader, self._name, self._limit, self._saved = loader, name, limit, place
         self._iterator: Any = None
         self._has_state = False

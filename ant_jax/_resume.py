@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from ant_jax._beginning import Beginning
-from ant_jax._checkpoint import path_of, read, read_arrays, set_aside, steps_in
+from ant_jax._checkpoint import directory_of, path_of, read, read_arrays, set_aside, steps_in
 from ant_jax._events import initial_memories
 from ant_jax._lock import DirectoryLock
 from ant_jax._seal import CheckpointCorrupt
@@ -35,7 +35,7 @@ def newest_sound(directory: str | os.PathLike[str]) -> Snapshot:
         CheckpointCorrupt: all are damaged; none is renamed.
         CheckpointError: a run is saving into the directory.
     """
-    directory = pathlib.Path(directory).absolute()
+    directory = directory_of(directory)
     damaged: list[CheckpointCorrupt] = []
     for step in reversed(steps_in(directory)):
         try:
@@ -111,7 +111,7 @@ def with_params_of(
     cast: bool,
 ) -> TrainState:
     """Replace parameters by those of a checkpoint; arguments and errors as those of ``Trainer.restore_params``."""
-    arrays, place = _parameters_in(pathlib.Path(directory).absolute(), step, source)
+    arrays, place = _parameters_in(directory_of(directory), step, source)
     params = _replaced(state.params, arrays, place, "params", only, cast)
     if not model_state:
         return state.replace(params=params)

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, cast
 
 import chex
 import jax
@@ -39,6 +39,7 @@ from ant_jax.data import (
     refuse_arrays,
     refuse_empty,
     refuse_endless,
+    refuse_no_iterable,
     refuse_read_once,
 )
 
@@ -460,8 +461,9 @@ class Trainer:
                 goes on.
             CallbackReturnError: a hook returned what it must not.
         """
-        for name, loader in {"train_loader": train_loader, "val_loader": val_loader}.items():
-            refuse_arrays(loader, name, self._step.needs_pairs)
+        self._refuse_no_loader(train_loader, "train_loader")
+        if val_loader is not None:
+            self._refuse_no_loader(val_loader, "val_loader")
         _check_count("num_epochs", num_epochs)
         if resume is not None and not isinstance(resume, str | os.PathLike):
             raise TypeError(f"resume must be the directory that a checkpoint callback saves into, got {resume!r}")
@@ -489,6 +491,10 @@ class Trainer:
         del state  # where nothing else refers to it, the run overwrites it instead of a copy
         state = loop.run()
         return state, state.history
+
+    def _refuse_no_loader(self, loader: Any, name: str) -> None:
+        refuse_no_iterable(loader, name)
+        refuse_arrays(loader, name, self._step.needs_pairs)
 
     def _check_prefetch(self, prefetch: Any, train_loader: Any, steps_per_epoch: int | None) -> None:
         if prefetch is None:
@@ -545,7 +551,7 @@ class Trainer:
             BatchError: the loader gave no batches, or one that differs from the others.
         """
         self._states.check(state)
-        refuse_arrays(loader, "loader", self._step.needs_pairs)
+        self._refuse_no_loader(loader, "loader")
         if steps is None:
             refuse_endless(loader, "loader", "steps")
         else:
@@ -573,7 +579,9 @@ class Trainer:
         self._states.check(state)
         inputs = canonical(inputs, "inputs")
         lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(inputs)}
-        if len(lengths) != 1 or lengths & {(), (0,)}:
+        if lengths == {(0,)}:
+            raise ValueError(f"predict: inputs has no examples: {describe_tree(inputs)}")
+        if len(lengths) != 1 or lengths == {()}:
             raise ValueError(f"predict: inputs must be as many examples in each array, got {describe_tree(inputs)}")
         (examples,) = lengths.pop()
         self._programs.check_params(state.params, inputs)
@@ -732,7 +740,7 @@ def _check_function(name: str, what: str, function: Any) -> None:
 
 
 def _is_positive(value: Any) -> bool:
-    return not isinstance(value, str | bool) and np.ndim(value) == 0 and bool(value > 0)
+    return not isinstance(value, bool) and np.ndim(value) == 0 and isinstance(value, SupportsFloat) and float(value) > 0
 
 
 def _check_count(name: str, count: Any) -> None:

@@ -247,6 +247,18 @@ def refuse_endless(loader: Any, name: str, argument: str) -> None:
         raise BatchError(f"{name} has no end, and so its evaluation would have none; give {argument}=, its batches")
 
 
+def refuse_no_iterable(loader: Any, name: str) -> None:
+    """Raise TypeError if a loader cannot be iterated over.
+
+    >>> refuse_no_iterable(list, "train_loader")
+    Traceback (most recent call last):
+    TypeError: train_loader must be an iterable of batches, got <class 'list'>; make an instance of it
+    """
+    if not isinstance(loader, Iterable):
+        hint = "; make an instance of it" if isinstance(loader, type) else "; call it" if callable(loader) else ""
+        raise TypeError(f"{name} must be an iterable of batches, got {loader!r:.200}{hint}")
+
+
 def refuse_arrays(loader: Any, name: str, pairs: bool) -> None:
     """Raise TypeError if arrays are given where a loader belongs, before their rows are taken for batches.
 
@@ -287,9 +299,10 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_list_of_numbers(value: Any) -> bool:
-    while isinstance(value, tuple | list) and value:
-        value = value[0]
-    return isinstance(value, bool | int | float)
+    innermost = value
+    while isinstance(innermost, tuple | list) and innermost:
+        innermost = innermost[0]
+    return innermost is not value and isinstance(innermost, bool | int | float)
 
 
 def _arrays_in(item: Any) -> list[Any]:

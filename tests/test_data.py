@@ -616,5 +616,5 @@ def test_a_batch_of_no_examples_is_refused_wherever_it_comes():
     for step in (a_trainer.train_step, a_trainer.grad_step):
         with pytest.raises(BatchError, match="the batch has no examples"):
             step(state, empty)
-    with pytest.raises(ValueError, match="inputs must be as many examples in each array"):
+    with pytest.raises(ValueError, match="predict: inputs has no examples"):
         a_trainer.predict(state, x[:0])

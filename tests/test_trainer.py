@@ -61,6 +61,8 @@ from ant_jax import StateMismatch
         ),
         ({"metrics": {3: cross_entropy}}, TypeError, "a metric's name must be a string, got 3"),
         ({"max_grad_norm": [1.0]}, ValueError, r"max_grad_norm must be positive or None, got \[1.0\]"),
+        ({"max_grad_norm": {}}, ValueError, r"max_grad_norm must be positive or None, got \{\}"),
+        ({"max_grad_norm": b"1"}, ValueError, "max_grad_norm must be positive or None, got b'1'"),
         ({"max_grad_norm": float("nan")}, ValueError, "max_grad_norm must be positive or None, got nan"),
         ({"gradient_accumulation_steps": 2.0}, ValueError, "must be a positive whole number, got 2.0"),
         ({"progress_bar": "no"}, ValueError, "progress_bar must be one of True, False, got 'no'"),
@@ -205,6 +207,7 @@ BATCHES: dict[str, tuple[Any, int]] = {
     "two of one form, of another precision": ([X, X.astype(np.float64)], 2),
     "a shorter last": ((X, X[:5]), 2),
     "numbers": (range(3), 3),
+    "two numbers": ([1.0, 2.0], 2),
     "pairs": (((X, Y), (X, Y)), 2),
     "by name": ([{"a": X, "b": Y}] * 3, 3),
     "two lists": ([[1.0, 2.0], [3.0, 4.0]], 2),
@@ -227,8 +230,33 @@ def test_arrays_that_may_be_batches_are_a_loader(case):
 )
 def test_what_is_no_iterable_is_no_loader(loader, hint):
     a_trainer = trainer()
-    with pytest.raises(TypeError, match=f"train_loader must be an iterable of batches, got .*{hint}"):
-        a_trainer.fit(a_trainer.init(batches()[0]), loader, 1)
+    state = a_trainer.init(batches()[0])
+    message = f"loader must be an iterable of batches, got .*{hint}"
+    with pytest.raises(TypeError, match=f"train_{message}"):
+        a_trainer.fit(state, loader, 1)
+    with pytest.raises(TypeError, match=message):
+        a_trainer.evaluate(state, loader)
+    if loader is not None:
+        with pytest.raises(TypeError, match=f"val_{message}") as raised:
+            a_trainer.fit(state, batches(), 1, loader)
+        assert not hasattr(raised.value, "train_state")  # nothing was trained
+
+
+@pytest.mark.parametrize("directory", [None, 3, b"runs"])
+def test_what_is_no_path_is_no_directory_of_checkpoints(directory):
+    a_trainer = trainer()
+    state = a_trainer.init(batches()[0])
+    for call in (
+        lambda: a_trainer.restore(directory),
+        lambda: a_trainer.restore(directory, fall_back=True),
+        lambda: a_trainer.restore_params(directory, state),
+        lambda: a_trainer.save(directory, state),
+        lambda: a_trainer.checkpointer(directory),
+    ):
+        with pytest.raises(
+            TypeError, match=f"directory must be the path of a directory of checkpoints, got {directory}"
+        ):
+            call()
 
 
 def test_a_loader_is_no_batch():
@@ -387,7 +415,7 @@ def test_predict():
     assert (outputs.shape, outputs.dtype) == ((21, CLASSES), jnp.float32)
     np.testing.assert_allclose(outputs, apply(state.params, {}, inputs, None)[0], atol=0.05)
     np.testing.assert_array_equal(outputs, a_trainer.predict(state, inputs))
-    with pytest.raises(ValueError, match="predict: inputs must be as many examples in each array"):
+    with pytest.raises(ValueError, match="predict: inputs has no examples"):
         a_trainer.predict(state, inputs[:0])
 
 
