@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import chex
 import jax
-from flax import linen
+from flax import errors, linen
 
 from ant_jax._modes import TRUE_IN_EVALUATION, TRUE_IN_TRAINING, Active, flags_in, modes_of
 from ant_jax._trees import PyTree, differences, in_lines, replaced
@@ -21,14 +22,13 @@ def from_linen(
     model: linen.Module, train: Mapping[str, Any] | None, evaluate: Mapping[str, Any] | None
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Make ``init`` and ``apply`` of a module; arguments as those of ``pure_functions``."""
-    said = train is not None or evaluate is not None
-    fields = set() if said else _flag_fields(model)
     modes = modes_of(
         model, _children, train, evaluate,
         wrappers=1,  # linen's own
         skip=lambda parameter: parameter.default is None and getattr(model, parameter.name, None) is not None,
     )  # fmt: skip
-    trained, evaluated = _with_fields(model, fields, True), _with_fields(model, fields, False)
+    said = train is not None or evaluate is not None
+    trained, evaluated = (model, model) if said else (_in_mode(model, True), _in_mode(model, False))
 
     def init(key: chex.PRNGKey, inputs: Any) -> tuple[PyTree, PyTree]:
         variables = dict(modes.call(functools.partial(evaluated.init, key, inputs), train=False))
@@ -45,7 +45,8 @@ def from_linen(
     def apply(params: PyTree, model_state: Any, inputs: Any, key: chex.PRNGKey | None) -> tuple[PyTree, PyTree]:
         variables = {"params": params, **model_state}
         if key is None:
-            return modes.call(functools.partial(evaluated.apply, variables, inputs), train=False), model_state
+            with _evaluation_explained():
+                return modes.call(functools.partial(evaluated.apply, variables, inputs), train=False), model_state
         # Linen takes the streams that are not given, "dropout" for one, from "params".
         outputs, updates, active = trained_once(variables, inputs, {"params": key})
         if active.dropout is False:  # it may ask for the stream: deterministic=not self.has_rng("dropout")
@@ -59,14 +60,51 @@ def from_linen(
     return init, apply
 
 
-def _flag_fields(model: linen.Module) -> set[str]:
-    names = {field.name for field in dataclasses.fields(model)} & {*TRUE_IN_TRAINING, *TRUE_IN_EVALUATION}
-    return {name for name in names if isinstance(getattr(model, name), bool)}
+def _in_mode(model: linen.Module, train: bool) -> linen.Module:
+    """Set the flags in the fields of a module and of the modules inside it.
+
+    Those inside that are not at their defaults stay in training as they are: it may be meant so.
+    """
+    made: dict[int, linen.Module] = {}  # a module that is shared stays shared
+
+    def changed(value: Any) -> Any:
+        if not isinstance(value, linen.Module):
+            return value
+        if id(value) not in made:
+            fields = [field for field in dataclasses.fields(value) if field.init and field.name != "parent"]
+            values = {field.name: getattr(value, field.name) for field in fields}
+            flags = {
+                field.name
+                for field in fields
+                if field.name in (*TRUE_IN_TRAINING, *TRUE_IN_EVALUATION)
+                and isinstance(values[field.name], bool)
+                and (value is model or not train or values[field.name] == field.default)
+            }
+            new = {**{name: jax.tree.map(changed, inner) for name, inner in values.items()}, **flags_in(flags, train)}
+            new = {name: inner for name, inner in new.items() if replaced(values[name], inner)}
+            made[id(value)] = value.clone(**new) if new else value
+        return made[id(value)]
+
+    return changed(model)
 
 
-def _with_fields(model: linen.Module, fields: set[str], train: bool) -> linen.Module:
-    values: dict[str, Any] = flags_in(fields, train)
-    return model.clone(**values) if values else model
+@contextlib.contextmanager
+def _evaluation_explained() -> Iterator[None]:
+    """Add the remedy to flax's errors about what a module does in evaluation."""
+    try:
+        yield
+    except errors.InvalidRngError as error:
+        error.add_note(
+            "in evaluation, in which there is no random key: let the model draw only where it is told that it trains, "
+            "or give the Trainer a pair of functions (init, apply) whose apply has a key of its own for evaluation"
+        )
+        raise
+    except errors.ModifyScopeVariableError as error:
+        error.add_note(
+            "in evaluation, in which a model's variables stay as they are: let the model write them only where it is "
+            "told that it trains, as by nn.BatchNorm(use_running_average=not train)"
+        )
+        raise
 
 
 def _children(module: Any) -> list[Any]:

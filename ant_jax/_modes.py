@@ -37,7 +37,8 @@ class Modes:
         train: keyword arguments in training.
         evaluate: keyword arguments in evaluation.
         undecided: arguments that are left at their defaults, and could be flags, as they read in a signature.
-        parameters: of the call, after the inputs, if it is wrapped, by a lifted transform for one; ``None`` if not.
+        parameters: of the call, after the inputs, if some may have to be given by position, as where it is wrapped by
+            a lifted transform; ``None`` if not.
     """
 
     name: str
@@ -77,7 +78,8 @@ class Modes:
         ]  # fmt: skip
         if not idle or not self.undecided:
             return
-        first = self.undecided[0].lstrip("*").split("=")[0]
+        named = [argument.split("=")[0] for argument in self.undecided if not argument.startswith("*")]
+        first = named[0] if named else "train"
         message = (
             f"in training {' and '.join(idle)} in {self.name}, and its __call__ has arguments that are left at their "
             f"defaults: {', '.join(self.undecided)}. If one of them says whether it trains, give the Trainer "
@@ -111,7 +113,8 @@ def modes_of(
     """
     name, parameters = type(module).__name__, _parameters_of(module)
     wrapped = _wrappers_of(type(module).__call__) > wrappers
-    by_position = tuple(parameters) if wrapped else None
+    positional = any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters)
+    by_position = tuple(parameters) if wrapped or positional else None
     if train is not None or evaluate is not None:
         return Modes(name, train or {}, evaluate or {}, (), by_position)
     reached = list(_reached(module, children))
@@ -156,9 +159,9 @@ def _reached(module: Any, children: Callable[[Any], list[Any]]) -> Iterator[insp
 
 
 def _is_flag(parameter: inspect.Parameter) -> bool:
-    by_name = parameter.kind in (_ANYHOW, parameter.KEYWORD_ONLY)
+    single = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     usual = parameter.name in (*TRUE_IN_TRAINING, *TRUE_IN_EVALUATION)
-    return by_name and usual and (parameter.default in (None, parameter.empty) or isinstance(parameter.default, bool))
+    return single and usual and (parameter.default in (None, parameter.empty) or isinstance(parameter.default, bool))
 
 
 def _may_be_flag(parameter: inspect.Parameter, flags: set[str]) -> bool:
@@ -181,5 +184,5 @@ def _by_position(parameters: tuple[inspect.Parameter, ...], arguments: Mapping[s
         return None
     leading = parameters[: 1 + max(map(names.index, arguments))]
     values = [arguments.get(parameter.name, parameter.default) for parameter in leading]
-    fits = all(parameter.kind is _ANYHOW for parameter in leading)
+    fits = all(parameter.kind in (_ANYHOW, parameter.POSITIONAL_ONLY) for parameter in leading)
     return values if fits and inspect.Parameter.empty not in values else None

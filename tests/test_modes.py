@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn, nnx
+from flax import errors, linen as nn, nnx
 
 import ant_jax as ant
 
@@ -80,6 +80,14 @@ def behaviour(model: Any, **said: Any) -> tuple[bool, bool, bool]:
 
 
 ACTIVE = (True, True, True)
+
+
+def test_a_flag_may_be_given_by_position_alone():
+    for signature in ("train, /", "train=False, /", "mask=None, train=False, /"):
+        assert behaviour(linen_with(signature, "train")()) == ACTIVE
+        assert behaviour(nnx_with(signature, "train")) == ACTIVE
+    said: dict[str, Any] = {"train": {"phase": "fit"}, "evaluate": {"phase": "test"}}
+    assert behaviour(nnx_with("phase='test', /", "phase == 'fit'"), **said) == ACTIVE
 
 
 @pytest.mark.parametrize("flag", USUAL)
@@ -164,6 +172,56 @@ def test_a_module_may_have_its_mode_in_a_field_or_ask_for_it():
     assert behaviour(Field()) == behaviour(Field(train=True)) == ACTIVE
     assert behaviour(Asks()) == ACTIVE
     assert behaviour(Switched(nnx.Rngs(0))) == ACTIVE
+
+
+class Twice(nn.Module):
+    nets: Sequence[nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+        for net in self.nets:
+            x = net(x)
+        return x
+
+
+class OnByDefault(Field):
+    train: bool = True
+
+
+def test_flags_in_fields_of_modules_inside_are_set():
+    assert behaviour(Twice([Field()])) == behaviour(Twice([Twice([OnByDefault()])])) == ACTIVE
+    assert behaviour(Twice([Field(train=True)])) == ACTIVE
+    # What is set otherwise than by default stays so in training.
+    assert behaviour(Twice([OnByDefault(train=False)])) == (False, False, True)
+    training = nn.BatchNorm(use_running_average=False), nn.Dropout(0.5, deterministic=False)
+    assert behaviour(Twice(training)) == ACTIVE
+    frozen = nn.BatchNorm(use_running_average=True), nn.Dropout(0.5, deterministic=False)
+    assert behaviour(Twice(frozen)) == (False, True, True)
+
+
+def test_a_module_that_is_in_two_fields_stays_one():
+    shared = Field()
+    pure = ant.pure_functions(Twice([shared, shared]))
+    assert len(pure.init(jax.random.key(0), inputs())[1]["batch_stats"]) == 1
+
+
+class Draws(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(0.5, deterministic=False)(x)
+
+
+class Moves(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=False)(x)
+
+
+@pytest.mark.parametrize("model", [Draws(), Moves()], ids=["draws", "moves"])
+def test_a_linen_module_that_trains_in_evaluation_is_told_how_not_to(model):
+    with pytest.raises(errors.FlaxError) as caught:
+        behaviour(model)
+    assert any("told that it trains" in note for note in caught.value.__notes__)
 
 
 @pytest.mark.parametrize("make", [lambda *net: linen_with(*net)(), nnx_with], ids=["linen", "nnx"])
