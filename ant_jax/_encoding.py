@@ -39,6 +39,8 @@ def encoded(value: Any, where: str) -> Any:
         return value if abs(value) < _INT_LIMIT else {"int": hex(value)}
     if type(value) is float:  # JSON has no infinities and no NaN, which has bits of its own
         return value if math.isfinite(value) else {"float": struct.pack(">d", value).hex()}
+    if type(value) is complex:
+        return {"complex": [encoded(value.real, where), encoded(value.imag, where)]}
     if type(value) is bytes:
         return {"bytes": base64.b64encode(value).decode()}
     if type(value) is list:
@@ -60,7 +62,7 @@ def encoded(value: Any, where: str) -> Any:
             return {kind: data, "dtype": dtype, "shape": list(array.shape)}
     raise TypeError(
         f"{where} is {describe(value)}, which cannot be saved; what a host callback remembers must be None, bool, int, "
-        f"float, str, bytes, a list, tuple or dict of such, or an array"
+        f"float, complex, str, bytes, a list, tuple or dict of such, or an array"
     )
 
 
@@ -77,6 +79,8 @@ def decoded(value: Any) -> Any:
             return base64.b64decode(data)
         case {"float": bits}:
             return struct.unpack(">d", bytes.fromhex(bits))[0]
+        case {"complex": parts}:
+            return complex(*map(decoded, parts))
         case {"tuple": items}:
             return tuple(decoded(item) for item in items)
         case {"dict": items}:

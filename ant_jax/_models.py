@@ -39,9 +39,9 @@ def pure_functions(
     Args:
         model: one of
 
-            - a ``flax.linen.Module``. Fields of it that have one of these names, and hold a bool, are set as well; those
-              of modules in its fields in evaluation, and in training where they are at their defaults. All its random
-              streams (``make_rng``) are there in training, none in evaluation.
+            - a ``flax.linen.Module``. Fields of it that have one of these names, and hold a bool, are set as well;
+              those of modules in its fields in evaluation, and in training where they are at their defaults. All its
+              random streams (``make_rng``) are there in training, none in evaluation.
             - a ``flax.nnx.Module``, with its parameters already made, which a seed given to ``Trainer.init`` does not
               change. ``nnx.Param`` is trained (a Variable type of your own can subclass it), the rest is model state.
               It trains in the mode that it is handed over in, so that a part of it that is in ``eval()`` stays

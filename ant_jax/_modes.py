@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -166,11 +167,12 @@ def _is_flag(parameter: inspect.Parameter) -> bool:
 
 def _may_be_flag(parameter: inspect.Parameter, flags: set[str]) -> bool:
     """Whether an argument that is left at its default may be the one that says whether the model trains."""
-    if isinstance(parameter.default, bool):
+    if isinstance(parameter.default, bool | enum.Enum):
         return True
     varied = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     boolean = _is_flag(parameter) or "bool" in str(parameter.annotation)  # and not a mask
-    return not flags and (varied or isinstance(parameter.default, str) or (parameter.default is None and boolean))
+    told = isinstance(parameter.default, str | int) or (parameter.default is None and boolean)
+    return not flags and (varied or told)
 
 
 def _as_written(parameter: inspect.Parameter) -> str:

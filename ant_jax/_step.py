@@ -288,7 +288,7 @@ def criterion_loss(
         outputs, new_state = applied(model, low_params, model_state, low_inputs, key)
         outputs = jax.tree.map(_at_least_float32, outputs)
         size = batch_size_of(batch)
-        loss = _reduced("criterion", criterion, outputs, targets, size)
+        loss = _reduced("criterion", criterion, outputs, targets, size, is_loss=True)
         logs = {name: _reduced(f"metric {name!r}", metric, outputs, targets, size) for name, metric in metrics.items()}
         if key is not None:
             new_state = _kept("the model", model_state, new_state, params, low_params)
@@ -315,8 +315,7 @@ def general_loss(loss_fn: LossFn, precision: str) -> LossFn:
                 raise TypeError(f"loss_fn must return (loss, (model_state, logs)), logs a mapping, got {_form(result)}")
         if not is_number(loss) or jnp.shape(loss) != ():
             raise ValueError(f"loss_fn must return a scalar loss, the mean over the batch, got {describe(loss)}")
-        if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-            raise ValueError(f"loss_fn must return a real floating loss, which has a gradient, got {describe(loss)}")
+        _refuse_without_gradient("loss_fn", loss)
         if dtype is not None and jnp.result_type(loss) == dtype:
             raise TypeError(
                 f"loss_fn computed its loss in {precision}, in which a mean has no more than three digits; turn what "
@@ -413,7 +412,9 @@ def _refuse_nothing_to_train(params: PyTree, model_state: PyTree) -> None:
         )
 
 
-def _reduced(what: str, function: Callable[[Any, Any], Any], outputs: Any, targets: Any, size: int) -> chex.Array:
+def _reduced(
+    what: str, function: Callable[[Any, Any], Any], outputs: Any, targets: Any, size: int, *, is_loss: bool = False
+) -> chex.Array:
     """Call a criterion or a metric and take the mean of what it returns; explain what does not fit."""
     given = f"outputs {describe_tree(outputs)} and targets {describe_tree(targets)}"
     try:
@@ -423,6 +424,8 @@ def _reduced(what: str, function: Callable[[Any, Any], Any], outputs: Any, targe
         raise
     if not hasattr(values, "dtype") and not isinstance(values, bool | int | float):
         raise TypeError(f"{what} must return an array, got {type(values).__name__} for {given}")
+    if is_loss:
+        _refuse_without_gradient(what, values)
     if _could_stretch(outputs, targets) and stretches(function, outputs, targets):
         raise ValueError(
             f"{what} was called with {given}: as many values in another shape, and it broadcasts them against each "
@@ -447,6 +450,11 @@ def _is_one_each(shape: tuple[int, ...], outputs: Any, targets: Any, size: int) 
     if shape == () or shape == getattr(targets, "shape", None):
         return True
     return shape == outputs.shape[: len(shape)] if hasattr(outputs, "shape") else shape[0] == size
+
+
+def _refuse_without_gradient(what: str, loss: Any) -> None:
+    if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise ValueError(f"{what} must return a real floating loss, which has a gradient, got {describe(loss)}")
 
 
 def _form(result: Any) -> str:

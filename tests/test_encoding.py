@@ -20,7 +20,7 @@ def through_json(value: Any) -> Any:
 
 VALUES = [
     None, True, False, b"", b"a\xff", 0, -1, 2**63, -(2**70), 10**5000, "", "é", "\ud800", [], (), {}, [1, [2, (3,)]],
-    {"a": 1, 2: "b", None: 3, (4, "c"): {}, 1.5: []}, {"tuple": [1], "dict": 2, "array": "x", "int": "0x1"},
+    {"a": 1, 2: "b", None: 3, (4, "c"): {}, 1.5: []}, {"tuple": [1], "dict": 2, "array": "x", "int": "0x1"}, 1 - 2j,
 ]  # fmt: skip
 
 
@@ -37,6 +37,7 @@ NANS = [struct.unpack(">d", bytes.fromhex(bits))[0] for bits in ("7ff80000000000
 @pytest.mark.parametrize("value", [0.1, -0.0, 5e-324, 1.7976931348623157e308, math.inf, -math.inf, *NANS])
 def test_floats_to_the_bit(value):
     assert struct.pack(">d", through_json(value)) == struct.pack(">d", value)
+    assert struct.pack(">d", through_json(complex(0.5, value)).imag) == struct.pack(">d", value)
 
 
 ARRAYS: list[Any] = [

@@ -1,5 +1,6 @@
 """Every way in which a Flax module is told whether it trains."""
 
+import enum
 import functools
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,10 @@ def inputs() -> Any:
     return jnp.asarray(np.random.default_rng(0).normal(3, 2, (16, FEATURES)), jnp.float32)
 
 
+class Mode(enum.Enum):
+    TEST, FIT = 0, 1
+
+
 def layers(x: Any, train: bool) -> Any:
     return nn.Dropout(0.5, deterministic=not train)(nn.BatchNorm(use_running_average=not train)(x))
 
@@ -42,7 +47,7 @@ USUAL = {
 
 def linen_with(signature: str, train: str, decorator: Any = None) -> type[nn.Module]:
     """A linen module whose call has another signature; ``train`` is what it makes of it."""
-    namespace: dict[str, Any] = {"layers": layers}
+    namespace: dict[str, Any] = {"layers": layers, "Mode": Mode}
     exec(f"def __call__(self, x, {signature}): return layers(x, {train})", namespace)
     call = nn.compact(namespace["__call__"])
     return type(
@@ -56,7 +61,7 @@ def nnx_with(signature: str, train: str) -> Any:
             self.norm, self.dropout = nnx.BatchNorm(FEATURES, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
             self.scale = nnx.Param(jnp.ones(FEATURES))
 
-    namespace: dict[str, Any] = {}
+    namespace: dict[str, Any] = {"Mode": Mode}
     exec(
         f"def __call__(self, x, {signature}):\n"
         f"    train = {train}\n"
@@ -226,10 +231,14 @@ def test_a_linen_module_that_trains_in_evaluation_is_told_how_not_to(model):
 
 @pytest.mark.parametrize("make", [lambda *net: linen_with(*net)(), nnx_with], ids=["linen", "nnx"])
 def test_an_unknown_flag_is_noticed_and_can_be_said(make):
-    cases = {"learn=False": {"learn": True}, "mode='test'": {"mode": "fit"}}
-    for signature, said in cases.items():
-        name = next(iter(said))
-        model = make(signature, name if name == "learn" else "mode == 'fit'")
+    cases = {
+        "learn=False": ({"learn": True}, "learn"),
+        "mode='test'": ({"mode": "fit"}, "mode == 'fit'"),
+        "mode=0": ({"mode": 1}, "mode == 1"),
+        "mode=<Mode.TEST: 0>": ({"mode": Mode.FIT}, "mode is Mode.FIT"),
+    }
+    for signature, (said, train) in cases.items():
+        model = make(signature.replace("<Mode.TEST: 0>", "Mode.TEST"), train)
         with pytest.raises(TypeError, match=f"(?s)no dropout draws and no batch statistics move in Net.*{signature}"):
             behaviour(model)
         assert behaviour(model, train=said) == ACTIVE

@@ -218,6 +218,14 @@ CRITERIA = {
     "not an array": (
         {"criterion": lambda o, t: None}, TypeError, "criterion must return an array, got NoneType",
     ),
+    "a whole number": (
+        {"criterion": lambda o, t: (o.argmax(-1) != t).astype(jnp.int32)}, ValueError,
+        r"criterion must return a real floating loss, which has a gradient, got int32\[8\]",
+    ),
+    "a complex number": (
+        {"criterion": lambda o, t: jax.lax.complex(o, o).sum(-1)}, ValueError,
+        r"criterion must return a real floating loss, which has a gradient, got complex64\[8\]",
+    ),
     "a metric too": (
         {"metrics": {"m": lambda o, t: jnp.zeros((1, 2))}}, ValueError, "metric 'm' must return one value an example",
     ),
