@@ -58,7 +58,7 @@ def json_log(path: str | os.PathLike[str], *, every: int | None = None, name: st
     On the host; the file is written in the background, and every line is there as soon as it is written. A run that
     goes on drops the lines of what it does again, as in :func:`csv_log`, and lacks the line of a batch in whose
     ``on_batch_end`` a callback listed before this one raised. Runs at the same time write files of their own, as there,
-    too. What is not finite is ``null``, an array a list.
+    too. What is not finite is ``null``, an array a list, a complex number a string.
 
     Args:
         path: of the file; its directory is made.
@@ -208,7 +208,9 @@ def _as_csv(columns: list[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """JSON has no NaN, no infinity and no complex numbers."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
+    if isinstance(value, complex):
+        return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,6 +8,7 @@ import pathlib
 import threading
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -188,6 +189,21 @@ def test_a_column_that_comes_later_and_numbers_that_are_not_finite(tmp_path):
     assert [row.split(",")[4:] for row in rows] == [["nan", ""], ["inf", "1.0"], ["1.0", "1.0"]]
     assert [row["bad"] for row in rows_of(lines)] == [None, None, 1.0]
     assert rows_of(lines)[0]["vector"] == [1.0, None]
+
+
+def test_complex_logs_are_written_and_saved(tmp_path):
+    table, lines = tmp_path / "log.csv", tmp_path / "log.json"
+    metrics = {"phase": lambda outputs, targets: jax.lax.complex(outputs, -outputs).sum(-1)}
+    callbacks = ant.callbacks.csv_log(table), ant.callbacks.json_log(lines)
+    a_trainer = trainer(*callbacks, metrics=metrics)
+    state, history = a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 1)
+    value = history[0]["train_phase"]
+    assert value.imag == -value.real != 0
+    with table.open(newline="") as file:
+        assert [complex(row["train_phase"]) for row in csv.DictReader(file)] == [value]
+    assert [complex(row["train_phase"]) for row in rows_of(lines)] == [value]
+    a_trainer.save(tmp_path / "saved", state)
+    assert a_trainer.restore(tmp_path / "saved").history[0]["train_phase"] == value
 
 
 def test_what_is_read_is_read_in_the_background(tmp_path, monkeypatch):
