@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from ant_jax._model_state import WRITTEN_PARAMS, without_written
-from ant_jax._modes import TRUE_IN_EVALUATION, TRUE_IN_TRAINING, Active, flags_in, modes_of
+from ant_jax._modes import TRUE_IN_EVALUATION, TRUE_IN_TRAINING, Active, Modes, flags_in, modes_of
 from ant_jax._trees import PyTree, replaced
 
 
@@ -31,7 +31,7 @@ def from_nnx(
     modes = modes_of(model, _children, train, evaluate, skip=lambda parameter: parameter.default is None)
     training, evaluated = _in_training(model), _in_evaluation(model)
     if train is None and evaluate is None:
-        _warn_of_evaluation(training)
+        _warn_of_evaluation(training, modes)
     definitions = {True: nnx.split(training, *_PARTS, ...)[0], False: nnx.split(evaluated, *_PARTS, ...)[0]}
     _, template, rng_state, rest_template = nnx.split(evaluated, *_PARTS, ...)
     restarted = _restart_of(rng_state)
@@ -94,7 +94,7 @@ def _flags_of(module: nnx.Module) -> set[str]:
     return {name for name in _FLAGS & vars(module).keys() if isinstance(getattr(module, name), bool)}
 
 
-def _warn_of_evaluation(training: nnx.Module) -> None:
+def _warn_of_evaluation(training: nnx.Module, modes: Modes) -> None:
     """Say so if everything that has a mode is in evaluation, as after ``model.eval()``."""
     flags = [(path, module, name) for path, module in _modules_of(training) for name in sorted(_flags_of(module))]
     if flags and all(getattr(module, name) == flags_in({name}, False)[name] for _, module, name in flags):
@@ -103,7 +103,7 @@ def _warn_of_evaluation(training: nnx.Module) -> None:
             f"every layer of the model that has a mode is in evaluation ({path or type(module).__name__}: {name}="
             f"{getattr(module, name)}) and is trained in it: no dropout, and statistics that do not move. Call "
             f"model.train() before it is given to the Trainer; if it is meant so, give the Trainer "
-            f"ant_jax.pure_functions(model, train={{}}, evaluate={{}})",
+            f"ant_jax.pure_functions(model, train={dict(modes.train)!r}, evaluate={dict(modes.evaluate)!r})",
             stacklevel=6,
         )
 

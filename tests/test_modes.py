@@ -320,6 +320,12 @@ def test_an_nnx_module_that_is_wholly_in_eval_is_trained_in_it_and_says_so():
         assert behaviour(model, train={}, evaluate={}) == (False, False, True)
         model.train()
         assert behaviour(model) == ACTIVE
+    model = nnx_with("train=False", "train")
+    model.eval()
+    # The remedy keeps the flags that are known.
+    said = r"train=\{'train': True\}, evaluate=\{'train': False\}"
+    with pytest.warns(UserWarning, match=f"pure_functions\\(model, {said}\\)"):
+        behaviour(model)
 
 
 def test_a_flag_of_an_nnx_call_that_is_none_leaves_the_mode_to_the_layers():
