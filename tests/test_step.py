@@ -316,16 +316,6 @@ def test_nothing_to_train_is_an_error(params):
             run()
 
 
-def test_a_parameter_without_a_gradient_is_named():
-    pair = (
-        lambda key, x: ({"a": {"k": jnp.arange(CLASSES)}}, {}),
-        lambda p, s, x, key: (x[:, :CLASSES] * p["a"]["k"], s),
-    )
-    a_trainer = trainer(model=pair, criterion=squares)
-    with pytest.raises(TypeError, match=r"parameter a/k is int32\[3\]"):
-        a_trainer.init(batches()[0])
-
-
 COMPLEX = (
     lambda key, x: (
         {"w": 0.1 * jax.random.normal(key, (FEATURES, CLASSES), jnp.complex64), "b": jnp.zeros(CLASSES)},
