@@ -63,6 +63,16 @@ def test_per_epoch_it_is_the_loop_by_hand(fuse):
     assert_bit_equal(state, by_hand(expected), "params", "step")
 
 
+@pytest.mark.parametrize("per", ["epoch", "batch"])
+def test_sizes_may_be_given_in_any_order(per):
+    sizes = {0: 4, 1: 16, 2: 10}
+    plans = [dict(items) for items in itertools.permutations(sizes.items())]
+    runs = [fit(ant.callbacks.batch_size_schedule(plan, per=per)) for plan in (sizes, plans[-1], plans[2])]
+    for state, history in runs[1:]:
+        assert history.to_dict() == runs[0][1].to_dict()
+        assert_bit_equal(state, runs[0][0], "params", "step")
+
+
 @pytest.mark.parametrize("fuse", [True, False])
 def test_per_batch_it_is_the_loop_by_hand_and_needs_no_look(fuse):
     schedule = ant.callbacks.batch_size_schedule({0: 4, 3: 6, 5: 2, 9: 16}, per="batch")

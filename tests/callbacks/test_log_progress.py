@@ -37,6 +37,22 @@ def test_lines_do_not_depend_on_how_batches_are_launched(every, fuse):
     assert places == [*range(every, 8, every), *([7] if 7 % every else [])]
 
 
+def test_lines_of_a_run_that_goes_on_inside_an_epoch_count_its_batches_from_there():
+    def fail(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        if batch_idx == 3:
+            raise InterruptedError
+        return state, logs
+
+    printed: list[str] = []
+    failing = trainer(ant.Callback(name="fails", on_batch_begin=fail))
+    with pytest.raises(InterruptedError) as caught:
+        failing.fit(failing.init(batches()[0]), batches(7), 1)
+    state = caught.value.train_state  # pyright: ignore[reportAttributeAccessIssue]
+    a_trainer = trainer(ant.callbacks.log_progress(2, printer=printed.append))
+    a_trainer.fit(state, batches(7), 1)
+    assert [line.split(":")[0] for line in printed if "batch" in line] == [f"  batch {done}/7" for done in (4, 6, 7)]
+
+
 def test_batch_lines_hold_the_mean_since_the_last_one():
     import numpy as np
 
