@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ant_jax._logs import Logs
+from ant_jax._packing import entries_of
 from ant_jax._trees import PyTree
 
 
@@ -29,28 +30,35 @@ def run_if(
     """
     before, structure = jax.tree.flatten(otherwise)
 
-    def run() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def run() -> tuple[dict[str, Any], dict[str, Any], dict[tuple[str, ...], Any], dict[str, Any]]:
         tree, returned = function()
         after = structure.flatten_up_to(tree)
         changed = {str(i): new for i, (old, new) in enumerate(zip(before, after, strict=True)) if new is not old}
         new_logs = logs.changed_to(returned)
         published = {name: jnp.asarray(log) for name, log in new_logs.items() if log is not logs.get(name)}
-        return changed, published, {name: new_logs.present[name] for name in published if name in new_logs.present}
+        present = {name: new_logs.present[name] for name in published if name in new_logs.present}
+        vectors = {names: vector for names, vector in new_logs.vectors.items() if logs.keys().isdisjoint(names)}
+        for names in vectors:
+            for name in names:
+                del published[name]
+        return changed, published, vectors, present
 
-    changes, published, conditional = jax.eval_shape(run)
+    changes, published, vectors, conditional = jax.eval_shape(run)
     kept = {
         name: jnp.asarray(logs[name], like.dtype) if name in logs else _absent(like) for name, like in published.items()
     }
     was_there = {name: jnp.asarray(logs.present.get(name, name in logs)) for name in conditional}
     unchanged = {i: before[int(i)] for i in changes}
-    changes, values, present = jax.lax.cond(due, run, lambda: (unchanged, kept, was_there))
-    for name in published.keys() - present.keys():
+    no_vectors = {names: _absent(like) for names, like in vectors.items()}
+    changes, values, vectors, present = jax.lax.cond(due, run, lambda: (unchanged, kept, no_vectors, was_there))
+    values |= entries_of(vectors)
+    for name in values.keys() - present.keys():
         if name not in logs:
             present[name] = due
         elif name in logs.present:
             present[name] = jnp.logical_or(due, logs.present[name])
     leaves = [changes.get(str(i), leaf) for i, leaf in enumerate(before)]
-    return jax.tree.unflatten(structure, leaves), logs.changed_to(Logs({**logs, **values}, present=present))
+    return jax.tree.unflatten(structure, leaves), logs.changed_to(Logs({**logs, **values}, None, present, vectors))
 
 
 def _absent(like: jax.ShapeDtypeStruct) -> chex.Array:

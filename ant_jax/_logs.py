@@ -29,6 +29,8 @@ class Logs(Mapping[str, Any]):
             :class:`ant_jax._windows.Window`. Empty in hooks that are not batch hooks. Reading it waits for the device.
         present: inside the step, for logs that not every batch has, whether this one has it: boolean scalars. What is
             not present counts in no mean.
+        vectors: inside the step, those whose entries are logs, by the names of all entries in their order. So the many
+            logs of one computation stay one array for the compiler, whatever it costs to compile them one by one.
 
     >>> logs = Logs({"loss": 0.5})
     >>> logs["loss"], dict(logs)
@@ -43,24 +45,34 @@ class Logs(Mapping[str, Any]):
     TypeError: logs are read-only; to publish 'lr', return {**logs, 'lr': value}
     """
 
-    __slots__ = ("_values", "_window", "present")
+    __slots__ = ("_values", "_window", "present", "vectors")
 
     def __init__(
         self,
         values: Mapping[str, Any],
         window: Callable[[], Window] | None = None,
         present: Mapping[str, Any] | None = None,
+        vectors: Mapping[tuple[str, ...], Any] | None = None,
     ):
         # What the trainer gives is read when a log is asked for; a hook's own mapping may change after it has returned.
         self._values = values if isinstance(values, Unpacked | Logs) else dict(values)
         self._window = window
         self.present = present or {}
+        self.vectors = vectors or {}
 
     def changed_to(self, values: Mapping[str, Any]) -> Logs:
         """Return these logs with other values: what a hook returned, and what the logs know beside the values."""
         # What a hook publishes is present, also where another hook has left a log of that name out.
-        kept = {name: there for name, there in self.present.items() if values.get(name) is self._values[name]}
-        return Logs(values, self._window, {**kept, **values.present} if isinstance(values, Logs) else kept)
+        present = {name: there for name, there in self.present.items() if values.get(name) is self._values[name]}
+        vectors = {
+            names: vector
+            for names, vector in self.vectors.items()
+            if all(values.get(name) is self._values[name] for name in names)
+        }
+        if isinstance(values, Logs):
+            present |= values.present
+            vectors |= values.vectors
+        return Logs(values, self._window, present, vectors)
 
     @property
     def window(self) -> Window:

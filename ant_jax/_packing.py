@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from jax import lax
 GROUP = 32
 # Scalars that a program returns one by one; each costs a launch a microsecond, and its compilation 7 milliseconds.
 FEW = 32
+# Those that it returns one by one of more than these: that would be a small part of what a look at all of them reads.
+FEW_OF_MANY = 4
 
 
 @struct.dataclass
@@ -62,11 +65,15 @@ class PackedLogs:
 
     def few(self) -> dict[str, Any]:
         """Return the first logs by their names; :class:`Unpacked` has the others, too."""
-        return {name: self.scalars[..., i] for i, name in enumerate(self.names[:FEW])} | self.others
+        count = len(self.names) if len(self.names) <= FEW else FEW_OF_MANY
+        return {name: self.scalars[..., i] for i, name in enumerate(self.names[:count])} | self.others
 
 
 def pack(
-    logs: Mapping[str, Any], weights: Mapping[str, Any] | None = None, sometimes: tuple[str, ...] = ()
+    logs: Mapping[str, Any],
+    weights: Mapping[str, Any] | None = None,
+    sometimes: tuple[str, ...] = (),
+    vectors: Mapping[tuple[str, ...], Any] | None = None,
 ) -> PackedLogs:
     """Pack the logs of one step, or the form of such logs.
 
@@ -74,6 +81,7 @@ def pack(
         logs: arrays, the loss among them.
         weights: scalars, of the logs that do not stand for the examples of the batch.
         sometimes: the logs that not every batch has; the weight of what it lacks is 0.
+        vectors: those whose entries are logs, by the names of these.
 
     >>> pack({"accuracy": jnp.float32(1), "loss": jnp.float32(2), "norms": jnp.ones(3)}).names
     ('loss', 'accuracy')
@@ -83,7 +91,8 @@ def pack(
     names = sorted(scalars, key=lambda name: (name != "loss", name))
     distinct = {id(weight): weight for weight in weights.values()}
     places = {key: len(names) + i for i, key in enumerate(distinct)}
-    vector = _vector([*(logs[name] for name in names), *(weight.astype(dtype) for weight in distinct.values())])
+    parts = _parts(names, logs, vectors or {})
+    vector = vector_of([*parts, *(weight.astype(dtype) for weight in distinct.values())])
     packed = PackedLogs(
         tuple(names),
         tuple(sorted((name, places[id(weight)]) for name, weight in weights.items())),
@@ -107,18 +116,55 @@ def _without_absent(packed: PackedLogs) -> PackedLogs:
     return dataclasses.replace(packed, scalars=scalars, others=others)
 
 
-def _vector(scalars: list[Any]) -> Any:
-    """Put scalars into a vector.
+def _parts(names: list[str], logs: Mapping[str, Any], vectors: Mapping[tuple[str, ...], Any]) -> list[Any]:
+    """The scalars of these names in their order, and in the place of all that are entries of a vector, the vector."""
+    starting = {of_vector[0]: of_vector for of_vector in vectors}
+    parts: list[Any] = []
+    at = 0
+    while at < len(names):
+        of_vector = starting.get(names[at], ())
+        # The names of other logs may be among them in the order.
+        whole = bool(of_vector) and tuple(names[at : at + len(of_vector)]) == of_vector
+        parts.append(vectors[of_vector] if whole else logs[names[at]])
+        at += len(of_vector) if whole else 1
+    return parts
+
+
+def vector_of(parts: Sequence[Any]) -> Any:
+    """Put scalars and vectors of one dtype into a vector, one after the other.
 
     Not with jnp.stack, because XLA on a CPU makes a kernel of each operand's computation, and compiles each.
+
+    >>> vector_of([jnp.float32(1), jnp.arange(2.0)]).tolist()
+    [1.0, 0.0, 1.0]
     """
-    groups = [_small_vector(scalars[start : start + GROUP]) for start in range(0, len(scalars), GROUP)]
+    groups: list[Any] = []
+    for are_scalars, alike in itertools.groupby(parts, key=lambda part: part.shape == ()):
+        some = list(alike)
+        if are_scalars:
+            some = [_small_vector(some[start : start + GROUP]) for start in range(0, len(some), GROUP)]
+        groups += some
     if len(groups) == 1:
         return groups[0]
-    vector = jnp.zeros(len(scalars), groups[0].dtype)
-    for i, group in enumerate(groups):
-        vector = lax.dynamic_update_slice(vector, group, (i * GROUP,))
+    lengths = [group.size for group in groups]
+    vector = jnp.zeros(sum(lengths), groups[0].dtype)
+    for start, group in zip(itertools.accumulate(lengths, initial=0), groups, strict=False):
+        vector = lax.dynamic_update_slice(vector, group, (start,))
     return vector
+
+
+def entries_of(vectors: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Map the names of the entries of vectors to the entries, as scalars.
+
+    >>> {name: float(entry) for name, entry in entries_of({("a", "b"): jnp.arange(2.0)}).items()}
+    {'a': 0.0, 'b': 1.0}
+    """
+    return {name: entry for names, vector in vectors.items() for name, entry in zip(names, _taken(vector), strict=True)}
+
+
+@jax.jit  # so that vectors of one length are taken apart in one trace
+def _taken(vector: Any) -> list[Any]:
+    return [lax.index_in_dim(vector, place, keepdims=False) for place in range(vector.size)]
 
 
 def _small_vector(scalars: list[Any]) -> Any:
@@ -147,7 +193,7 @@ class Unpacked(Mapping[str, Any]):
     ):
         self._values = {**(more or {}), **few}
         self._packed, self._row = packed, row
-        self._late = {name: i for i, name in enumerate(packed.names) if i >= FEW}
+        self._late = {name: i for i, name in enumerate(packed.names) if name not in few}
         self._unmarked = set(packed.sometimes)
 
     def __getitem__(self, name: str) -> Any:

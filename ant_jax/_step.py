@@ -169,7 +169,7 @@ class Step:
         state, logs = run_hook("on_batch_end", batch_idx, state, logs)
         weights |= {name: examples for name in logs if name not in weights or name in ("step_skipped", "loss_scale")}
         values = {name: jnp.asarray(value) for name, value in logs.items() if name != "batch_size"}
-        packed = pack(values, _own_weights(weights, logs.present), tuple(logs.present))
+        packed = pack(values, _own_weights(weights, logs.present), tuple(logs.present), logs.vectors)
         asked: Any = None if state.stop is stop else state.stop
         return StepResult(state.replace(stop=None), asked, packed)
 

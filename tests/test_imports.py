@@ -84,8 +84,8 @@ def test_a_module_imports_only_from_layers_below_its_own(name):
 
 
 FOR_CALLBACKS = {
-    "_branches", "_callback", "_finite", "_history", "_hyperparams", "_judging", "_memories", "_objective", "_seal",
-    "_trees", "_windows",
+    "_branches", "_callback", "_finite", "_history", "_hyperparams", "_judging", "_logs", "_memories", "_objective",
+    "_packing", "_seal", "_trees", "_windows",
 }  # fmt: skip
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import lax
 
 from ant_jax._callback import Callback
+from ant_jax._logs import Logs
+from ant_jax._packing import entries_of, vector_of
 from ant_jax._trees import named_leaves
 from ant_jax.callbacks._arguments import check_flag
 
@@ -15,6 +22,9 @@ from ant_jax.callbacks._arguments import check_flag
 # A histogram counts the elements whose magnitude is in [2**e, 2**(e + 1)), for e from the first of these to the last;
 # the first bin has all that are smaller, zeros included, and the last all that are larger or not finite.
 HISTOGRAM_EXPONENTS = range(-24, 8)
+# Elements of the largest parameter that is copied beside others of its size, to have their norms from one operation:
+# XLA takes milliseconds to compile one. To copy more would make the step slower.
+SMALL = 4096
 
 
 def gradient_norm(*, name: str = "grad_norm") -> Callback:
@@ -74,19 +84,26 @@ def gradient_statistics(
     check_flag("gradient_statistics", "histograms", histograms)
     default = name == "gradient_statistics"
 
-    def norms(kind: str, tree: Any) -> dict[str, Any]:
-        of_layers = {path: _norm(leaf) for path, leaf in named_leaves(tree).items()}
-        in_all = {f"{kind}_norm": optax.tree.norm(of_layers)}
-        return in_all | ({f"{kind}_norm/{path}": norm for path, norm in of_layers.items()} if per_layer else {})
+    def norms(kind: str, tree: Any) -> Logs:
+        of_layers = _norms(named_leaves(tree))
+        in_all = {f"{kind}_norm": optax.tree.norm(list(of_layers.values()))}
+        vectors = {tuple(f"{kind}_norm/{path}" for path in paths): vector for paths, vector in of_layers.items()}
+        return Logs(in_all | entries_of(vectors), vectors=vectors) if per_layer else Logs(in_all)
 
-    def prefixed(mine: dict[str, Any]) -> dict[str, Any]:
-        return {f"{name}/{log}": value for log, value in mine.items()}
+    def together(logs: Any, mine: Logs) -> Logs:
+        vectors = getattr(logs, "vectors", {})
+        return Logs({**logs, **mine}, vectors={**vectors, **mine.vectors})
+
+    def prefixed(mine: Logs) -> Logs:
+        vectors = {tuple(f"{name}/{log}" for log in logs): vector for logs, vector in mine.vectors.items()}
+        return Logs({f"{name}/{log}": value for log, value in mine.items()}, vectors=vectors)
 
     def on_before_update(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
         del batch_idx, trainer
-        mine = norms("grad", grads) | norms("param", state.params)
+        mine = together(norms("grad", grads), norms("param", state.params))
         if histograms:
-            mine |= {f"grad_histogram/{path}": _histogram(grad) for path, grad in named_leaves(grads).items()}
+            of_layers = {f"grad_histogram/{path}": _histogram(grad) for path, grad in named_leaves(grads).items()}
+            mine = mine.changed_to({**mine, **of_layers})
         if not default or not logs.keys().isdisjoint(mine):
             mine = prefixed(mine)
         taken = [log for log in mine if log in logs]
@@ -95,12 +112,12 @@ def gradient_statistics(
                 f"{name}: another callback has published the log {taken[0]!r}; give that one or this one another name, "
                 f"gradient_statistics(name='clipped')"
             )
-        return state, grads, {**logs, **mine}
+        return state, grads, together(logs, mine)
 
     def on_before_apply(batch_idx: Any, trainer: Any, state: Any, updates: Any, logs: Any) -> Any:
         del batch_idx, trainer
         mine = norms("update", updates)
-        return state, updates, {**logs, **(prefixed(mine) if f"{name}/grad_norm" in logs else mine)}
+        return state, updates, together(logs, prefixed(mine) if f"{name}/grad_norm" in logs else mine)
 
     return Callback(name=name, on_before_update=on_before_update, on_before_apply=on_before_apply)
 
@@ -113,6 +130,36 @@ def _histogram(values: Any) -> Any:
     bins = jnp.clip(exponents, first, last) - first
     # Counted as integers: a float32 that counts by ones stays at 2**24.
     return jnp.bincount(bins.ravel(), length=len(HISTOGRAM_EXPONENTS)).astype(jnp.float32)
+
+
+def _norms(leaves: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """The norm of each leaf: a vector of those of one dtype, by their paths, which are sorted."""
+    alike: dict[Any, list[str]] = defaultdict(list)
+    for path, leaf in leaves.items():
+        alike[(leaf.size, leaf.dtype) if leaf.size <= SMALL else path].append(path)
+    paths_of: dict[Any, list[str]] = defaultdict(list)
+    parts: dict[Any, list[Any]] = defaultdict(list)
+    for paths in alike.values():
+        norms = _norms_of_equal([leaves[path] for path in paths])
+        paths_of[norms.dtype] += paths
+        parts[norms.dtype].append(norms)
+    return dict(_sorted(paths, vector_of(parts[dtype])) for dtype, paths in paths_of.items())
+
+
+def _norms_of_equal(leaves: list[Any]) -> Any:
+    """The norms of leaves of one size and dtype, as a vector; of one leaf alone, a scalar."""
+    if len(leaves) == 1:
+        return _norm(leaves[0])
+    size = leaves[0].size
+    rows = lax.concatenate([lax.reshape(leaf, (size,)) for leaf in leaves], 0).reshape(len(leaves), size)
+    return jax.vmap(_norm)(rows)
+
+
+def _sorted(paths: list[str], norms: Any) -> tuple[tuple[str, ...], Any]:
+    order = np.array(sorted(range(len(paths)), key=paths.__getitem__))
+    if (order[1:] > order[:-1]).all():
+        return tuple(paths), norms
+    return tuple(sorted(paths)), norms.at[order].get(mode="promise_in_bounds", unique_indices=True)
 
 
 def _norm(leaf: Any) -> Any:
