@@ -9,6 +9,7 @@ import pytest
 
 from ant_jax._branches import run_if
 from ant_jax._logs import Logs
+from ant_jax._packing import entries_of, pack
 
 
 TREE = {"a": jnp.float32(1), "b": jnp.arange(3)}
@@ -93,6 +94,39 @@ def test_what_one_branch_leaves_out_another_may_publish():
         value, present = compiled(bool(first), bool(second))
         assert bool(present) == (expected is not None)
         assert expected is None or value == expected
+
+
+@pytest.mark.parametrize("due", [True, False])
+def test_entries_of_a_vector_are_logs_as_any_and_stay_one_vector(due):
+    vector = jnp.arange(3.0)
+    names = ("b", "c", "d")
+
+    @jax.jit
+    def compiled(due: Any, tree: Any) -> Any:
+        given = Logs({"loss": tree["a"]})
+
+        def function() -> Any:
+            return tree, Logs({**given, **entries_of({names: vector})}, vectors={names: vector})
+
+        _, logs = run_if(due, function, tree, given)
+        assert list(logs.vectors) == [names] and all(logs.present[name] is due for name in names)
+        changed = logs.changed_to({**logs, "c": logs["loss"]})
+        assert not changed.vectors and changed.present.keys() == {"b", "d"}
+        return dict(logs), pack(logs, vectors=logs.vectors), pack(logs)
+
+    logs, packed, of_scalars = compiled(due, TREE)
+    expected = [1, 0, 1, 2] if due else [1, np.nan, np.nan, np.nan]
+    np.testing.assert_array_equal([logs[name] for name in ("loss", *names)], expected)
+    np.testing.assert_array_equal(packed.scalars, expected)
+    assert packed.names == of_scalars.names == ("loss", *names)
+    np.testing.assert_array_equal(packed.scalars, of_scalars.scalars)
+
+
+def test_a_log_between_the_entries_of_a_vector_keeps_its_place():
+    names = ("b", "d")
+    logs = {"loss": jnp.float32(9), "c": jnp.float32(7), **entries_of({names: jnp.arange(2.0)})}
+    packed = pack(logs, vectors={names: jnp.arange(2.0)})
+    assert dict(zip(packed.names, packed.scalars.tolist(), strict=True)) == {"loss": 9, "b": 0, "c": 7, "d": 1}
 
 
 def test_what_it_does_not_touch_comes_out_as_the_same_object():

@@ -10,7 +10,10 @@ import pytest
 from problems import adam, batches, host, trainer
 
 import ant_jax as ant
-from ant_jax.callbacks._statistics import HISTOGRAM_EXPONENTS, _histogram
+from ant_jax._branches import run_if
+from ant_jax._logs import Logs
+from ant_jax._packing import pack
+from ant_jax.callbacks._statistics import HISTOGRAM_EXPONENTS, SMALL, _histogram, _norms
 
 
 library = ant.callbacks
@@ -51,6 +54,67 @@ def test_norms_are_numpys_in_all_and_of_each_parameter(per_layer):
         assert not any("histogram" in name for name in logs)  # only on demand
         assert all(logs[name].dtype == jnp.float32 and logs[name].shape == () for name in expected)
         state = after
+
+
+def test_norms_of_leaves_of_any_shape_and_dtype_are_those_of_each_alone():
+    rng = np.random.default_rng(0)
+    shapes = [(), (1,), (3,), (0,), (2, 3), (6,), (3, 2), (SMALL,), (SMALL, 1), (SMALL + 1,), (1, SMALL + 1)]
+    leaves = {
+        f"{repeat}/{jnp.dtype(dtype)}-{len(shape)}/{shape}": jnp.asarray(rng.normal(size=shape), dtype)
+        for repeat in "zy"
+        for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64)
+        for shape in shapes
+    }
+    (paths, norms), *others = jax.jit(_norms)(leaves).items()
+    assert not others and paths == tuple(sorted(leaves)) and norms.dtype == jnp.float32
+    for path, actual in zip(paths, norms, strict=True):
+        leaf = leaves[path]
+        alone = optax.tree.norm(leaf if jnp.iscomplexobj(leaf) else leaf.astype(jnp.float32))
+        np.testing.assert_allclose(actual, alone, rtol=1e-6, err_msg=path)
+    assert _norms({}) == {}
+
+
+def test_norms_of_float64_leaves_stay_so_beside_others():
+    with jax.enable_x64(True):
+        vectors = _norms({"a": jnp.ones(3), "b": jnp.ones(3, jnp.float32), "c": jnp.full(3, 2.0)})
+        assert vectors.keys() == {("a", "c"), ("b",)}
+        assert vectors["a", "c"].dtype == jnp.float64 and vectors["b",].dtype == jnp.float32
+        np.testing.assert_allclose(vectors["a", "c"], [3**0.5, 12**0.5], rtol=1e-15)
+
+
+def operations(jaxpr: Any) -> int:
+    """Count equations, without those that take entries out of a vector; where no hook reads them, XLA drops them."""
+    inner = [
+        value
+        for equation in jaxpr.eqns
+        if equation.params.get("name") != "_taken"
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns"))
+    ]
+    return len(jaxpr.eqns) + sum(operations(value) for value in inner if hasattr(value, "eqns"))
+
+
+@pytest.mark.parametrize("in_branch", [True, False])
+def test_norms_of_many_parameters_are_few_operations(in_branch):
+    """XLA takes milliseconds to compile one."""
+    callback = library.gradient_statistics()
+
+    def step(state: Any, loss: Any) -> Any:
+        def update() -> Any:
+            _, grads, after = callback.on_before_update(0, None, state, state.params, logs)
+            return callback.on_before_apply(0, None, state, grads, after)[1:]
+
+        logs = Logs({"loss": loss})
+        _, logs = run_if(loss > 0, update, state.params, logs) if in_branch else update()
+        return pack(logs, vectors=logs.vectors)
+
+    def counted(parameters: int) -> int:
+        params = {f"p{i:03}": jnp.ones(3) for i in range(parameters)}
+        state = trainer().init(batches()[0]).replace(params=params, host=None, stop=None)
+        jaxpr = jax.make_jaxpr(step)(state, jnp.float32(1))
+        assert [out.shape for out in jaxpr.out_avals] == [(1 + 3 * (1 + parameters),)]
+        return operations(jaxpr.jaxpr)
+
+    assert counted(200) == counted(100) < 150
 
 
 def test_with_accumulation_they_are_of_updates_and_the_epochs_mean_is_theirs():
