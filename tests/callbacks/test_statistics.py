@@ -96,7 +96,7 @@ def operations(jaxpr: Any) -> int:
 @pytest.mark.parametrize("in_branch", [True, False])
 def test_norms_of_many_parameters_are_few_operations(in_branch):
     """XLA takes milliseconds to compile one."""
-    callback = library.gradient_statistics()
+    callback: Any = library.gradient_statistics()
 
     def step(state: Any, loss: Any) -> Any:
         def update() -> Any:
