@@ -70,6 +70,12 @@ def test_every_number_has_its_name_and_takes_another_value(full):
         assert values(state.with_hyperparams(**{name.split("/")[-1]: value})) == NAMES | {name: value}
 
 
+@pytest.mark.parametrize("name", ["rate", "norm", "by_global_norm/max_norm", "/max_norm", "adaptive_grad_clip"])
+def test_a_part_of_a_name_is_no_name(full, name):
+    with pytest.raises(HyperparamError, match=name):
+        full.init(batches()[0]).with_hyperparams(**{name: 0.5})
+
+
 def test_new_values_of_any_kind_hold_from_the_next_batch_on_and_compile_nothing(full, compilations):
     start = full.init(batches()[0])
     after, logs = full.train_step(start, batches()[0])

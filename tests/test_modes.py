@@ -370,3 +370,20 @@ def test_streams_that_are_alike_stay_alike_and_others_differ():
     assert len(np.unique(same, axis=0)) == 1
     (other, _), _ = pure.apply({}, {}, None, jax.random.key(4))
     assert not np.any(np.all(other[:, None] == split[None], axis=-1))
+
+
+def test_every_stream_and_every_layer_draws_its_own_numbers():
+    rngs = nnx.Rngs(params=0, dropout=1)
+
+    class Two(nnx.Module):
+        def __init__(self) -> None:
+            self.first, self.second = nnx.Dropout(0.5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+            self.streams = nnx.Rngs(one=0, other=0)
+
+        def __call__(self, x):
+            drawn = jax.random.normal(self.streams.one(), (4,)), jax.random.normal(self.streams.other(), (4,))
+            return self.first(x), self.second(x), *drawn
+
+    first, second, one, other = ant.pure_functions(Two()).apply({}, {}, jnp.ones(64), jax.random.key(3))[0]
+    assert np.any(first != second) and np.any(first == 0) and np.any(second == 0)
+    assert not np.any(one == other)
