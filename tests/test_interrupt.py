@@ -39,6 +39,17 @@ def test_a_signal_waits_for_a_whole_state_and_a_second_one_does_not(number, erro
         interrupts.check()
 
 
+@pytest.mark.parametrize(("first", "second", "error"), [
+    (signal.SIGINT, signal.SIGTERM, SystemExit), (signal.SIGTERM, signal.SIGINT, KeyboardInterrupt),
+])  # fmt: skip
+def test_another_signal_after_the_first_does_not_wait_either(first, second, error):
+    interrupts = Interrupts()
+    with interrupts.installed():
+        signal.raise_signal(first)
+        with pytest.raises(error):
+            signal.raise_signal(second)
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_a_signal_is_noted_without_a_standard_error_to_say_so(there, monkeypatch, tmp_path):
     stream = (tmp_path / "log").open("w") if there else None

@@ -275,11 +275,21 @@ def spoiling(step: int) -> ant.Callback:
     return ant.Callback(name="spoil", on_before_apply=on_before_apply)
 
 
-def leaving_out(*steps: int) -> ant.Callback:
+def leaving_out(*steps: int, name: str = "leave_out") -> ant.Callback:
     def on_backward_end(batch_idx: Any, trainer: Any, state: Any, grads: Any, logs: Any) -> Any:
         return state.skip_batch(when=jnp.isin(state.step, jnp.array(steps))), grads, logs
 
-    return ant.Callback(name="leave_out", on_backward_end=on_backward_end)
+    return ant.Callback(name=name, on_backward_end=on_backward_end)
+
+
+def test_a_request_to_skip_is_not_taken_back_by_a_later_callback():
+    batches = good(6)
+    both = guarded(leaving_out(1, 4), leaving_out(2, name="others"))
+    state, history = both.fit(both.init(batches[0]), batches, 1)
+    alone = guarded(leaving_out(1, 2, 4))
+    expected, _ = alone.fit(alone.init(batches[0]), batches, 1)
+    assert history[0]["train_step_skipped"] == 0.5
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), state.params, expected.params)
 
 
 def counting() -> ant.Callback:
