@@ -18,6 +18,7 @@ def rank_promotion() -> Iterator[None]:
         yield
 
 
+QUANTILES = np.array([0.1, 0.5, 0.9], np.float32)
 # Outputs [8, 1] and targets [8].
 APART = {
     "each": lambda o, t: (o[:, 0] - t) ** 2,
@@ -31,6 +32,7 @@ APART = {
     "product": lambda o, t: t @ o[:, 0] / 8,
     "vmap": lambda o, t: jax.vmap(lambda o, t: (o[0] - t) ** 2)(o, t).mean(),
     "scan": lambda o, t: jax.lax.scan(lambda s, x: (s + (x[0][0] - x[1]) ** 2, None), 0.0, (o, t))[0] / 8,
+    "pinball": lambda o, t: jnp.mean(jnp.maximum((t[:, None] - o) * QUANTILES, (o - t[:, None]) * (1 - QUANTILES))),
     "pairs": lambda o, t: jnp.mean(jnp.abs((o - o.T) - (t[:, None] - t[None, :]))),
 }
 AGAINST = {

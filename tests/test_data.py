@@ -618,3 +618,12 @@ def test_a_batch_of_no_examples_is_refused_wherever_it_comes():
             step(state, empty)
     with pytest.raises(ValueError, match="predict: inputs has no examples"):
         a_trainer.predict(state, x[:0])
+
+
+def test_no_seed_has_the_orders_of_another_one():
+    orders = [
+        tuple(np.concatenate(list(ant.ArrayLoader(np.arange(50), 10, seed=seed).batches(epoch))).tolist())
+        for seed in range(4)
+        for epoch in range(4)
+    ]
+    assert len(set(orders)) == 16

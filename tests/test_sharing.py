@@ -348,3 +348,15 @@ def test_the_file_of_another_trainer_is_left_alone_too(tmp_path, caplog):
     assert f"csv_log: another run of this process is writing to {path}" in caplog.text
     fit(inner, 1)
     assert epochs_in(path) == [0]
+
+
+def test_a_path_is_the_same_however_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def nesting(inner: ant.Trainer) -> Any:
+        return lambda epoch, trainer, state, logs: (fit(inner, 1), (state, logs))[1]
+
+    for outer_path, inner_path in (("log.csv", tmp_path / "log.csv"), (tmp_path / "log.csv", "log.csv")):
+        inner = trainer(library.csv_log(inner_path))
+        fit(trainer(library.csv_log(outer_path), host("nests", on_epoch_end=nesting(inner))))
+        assert epochs_in(tmp_path / "log.csv") == [0, 1, 2]

@@ -453,6 +453,15 @@ def test_the_mean_of_the_loss_scale_is_over_all_batches_also_those_that_overflow
     assert state.loss_scale is not None and float(state.loss_scale.scale) == 2.0**14
 
 
+def test_the_loss_scale_never_falls_below_one():
+    a_trainer = trainer(precision="float16")
+    inputs, targets = batches(1)[0]
+    loader = [(np.full_like(inputs, np.inf), targets)] * 20
+    state, history = a_trainer.fit(a_trainer.init(loader[0]), loader, 1)
+    assert state.loss_scale is not None and float(state.loss_scale.scale) == 1
+    assert history[0]["train_step_skipped"] == 1
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_batch_that_overflows_leaves_the_model_state_as_it_was(accumulate):
     """Nothing of it stays: neither infinite statistics nor a count."""

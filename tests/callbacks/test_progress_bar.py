@@ -41,6 +41,23 @@ def test_on_a_screen_it_shows_steps_values_rate_and_time_left():
     assert "6/6" in last and "loss=" in last and "val_loss=" in last and "step" in last
 
 
+def test_a_run_that_goes_on_inside_an_epoch_counts_its_steps_once():
+    def boom(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        if state.epoch == 1 and batch_idx == 1:
+            raise InterruptedError
+        return state, logs
+
+    failing = trainer(host("boom", on_batch_begin=boom))
+    with pytest.raises(InterruptedError) as caught:
+        failing.fit(failing.init(batches()[0]), batches(3), 2)
+    state, file = caught.value.train_state, Screen()  # pyright: ignore[reportAttributeAccessIssue]
+    a_trainer = trainer(ant.callbacks.progress_bar(file=file))
+    a_trainer.fit(state, batches(3), 3)
+    drawings = [drawing for drawing in file.getvalue().split("\r") if "step" in drawing]
+    assert "4/9" in drawings[0] and "9/9" in drawings[-1]
+    assert not any("/10" in drawing or "/12" in drawing for drawing in drawings)
+
+
 def test_in_a_file_it_writes_lines_now_and_then():
     rare = run(io.StringIO(), seconds=0.001).splitlines()
     assert len(rare) == 2
