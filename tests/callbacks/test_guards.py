@@ -420,7 +420,8 @@ def test_what_it_keeps_is_that_of_every_so_many_batches(rolling):
         expected = as_kept(rolling, start, loader, i - i % 3)
         for field in REST:
             there = jax.tree.leaves(kept[field]), jax.tree.leaves(getattr(expected, field))
-            np.testing.assert_array_equal(*there, err_msg=f"{field} at {i}")
+            # By hand the forward pass is another program, which rounds in its own way.
+            np.testing.assert_allclose(*there, rtol=1e-6, err_msg=f"{field} at {i}")
 
 
 @pytest.mark.parametrize("what", ["params", "model_state"])
