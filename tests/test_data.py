@@ -241,6 +241,9 @@ def test_64_bit_numbers_become_32_bit_or_are_refused():
     assert (inputs.dtype, targets.dtype) == (np.float32, np.int32)
     with pytest.raises(BatchError, match=re.escape("1099511627781 in an int64 leaf does not fit int32")):
         canonical((np.ones(2), np.array([2**40 + 5])))
+    with pytest.raises(BatchError, match=re.escape("4294967301 in an uint64 leaf does not fit uint32")):
+        canonical((np.ones(2), np.array([7, 2**32 + 5], np.uint64)))
+    assert canonical(np.array([2**32 - 1], np.uint64)).dtype == np.uint32
 
 
 def test_ahead_raises_when_the_item_is_asked_for():

@@ -701,6 +701,27 @@ def test_a_checkpoint_holds_no_parameter_that_is_not_finite_unless_asked_for(tmp
     assert np.isnan(a_trainer.restore(tmp_path).params["bias"]).sum() == 1
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nor_any_model_state_or_open_window(value, tmp_path, caplog):
+    caplog.set_level(logging.CRITICAL)
+    pair = (
+        lambda key, inputs: ({"w": jnp.ones(3)}, {"mean": jnp.zeros(2), "seen": jnp.int32(0)}),
+        lambda params, model_state, inputs, key: (inputs[:, :3] * params["w"], model_state),
+    )
+    a_trainer = trainer(model=pair, gradient_accumulation_steps=2)
+    good = a_trainer.init(batches(1)[0])
+    assert good.accumulator is not None
+    window = good.accumulator.replace(grads={"w": jnp.array([0.0, value, 0.0])})
+    spoilt = {
+        "model_state/mean": good.replace(model_state={**good.model_state, "mean": jnp.array([value, 0.0])}),
+        "accumulator/grads/w": good.replace(accumulator=window),
+    }
+    for place, state in spoilt.items():
+        with pytest.raises(ant.NonFiniteError, match=f"step 0 was not saved: {place} is not finite"):
+            a_trainer.save(tmp_path, state)
+    assert not list(tmp_path.glob("step*"))
+
+
 def test_a_run_whose_parameters_are_not_finite_ends_at_the_next_save(tmp_path, caplog):
     caplog.set_level(logging.CRITICAL)
     a_trainer = trainer(library.checkpoint(tmp_path), optimizer=optax.sgd(1e38))

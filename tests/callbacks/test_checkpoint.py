@@ -84,6 +84,20 @@ def test_the_last_save_is_of_the_end_of_its_epoch(tmp_path):
     assert_bit_equal(whole.fit(whole.init(batches()[0]), batches(2), 4)[0], resumed)
 
 
+def test_so_is_the_last_save_of_a_run_that_is_stopped(tmp_path):
+    """With the parameters of its last epoch, not with the best ones, which are put back when the run ends."""
+    stopping = ant.callbacks.early_stopping("v", patience=2, restore_best=True)
+    saving = ant.callbacks.checkpoint(tmp_path, every_epochs=None, monitor="v")
+    a_trainer = trainer(publish([1.0, 2.0, 3.0, 4.0]), stopping, saving)
+    start = a_trainer.init(batches()[0])
+    state, history = a_trainer.fit(start, batches(2), 4)
+    assert len(history) == 3 and steps_in(tmp_path) == [6]
+    plain = trainer()
+    assert_bit_equal(plain.fit(start.replace(callback_states={}), batches(2), 1)[0], state, "params")
+    expected, _ = plain.fit(start.replace(callback_states={}), batches(2), 3)
+    assert_bit_equal(expected, a_trainer.restore(tmp_path), "params")
+
+
 def test_an_unknown_monitor_raises_at_the_end_of_the_first_epoch_also_where_none_is_due(tmp_path):
     a_trainer = trainer(ant.callbacks.checkpoint(tmp_path, monitor="v", every_epochs=3))
     with pytest.raises(KeyError, match="there is no log named 'v'"):

@@ -564,3 +564,21 @@ def test_by_hand_hooks_take_any_mapping_and_any_number(logs):
         for whole in (int, np.int64, jnp.int32):
             _, after = make().on_batch_end(whole(3), None, state, logs)
             assert float(after["doubled"]) == 2
+
+
+def test_when_leaves_out_no_hook_in_which_a_callback_closes_what_it_has_open():
+    def boom(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        raise RuntimeError("boom")
+
+    called: list[str] = []
+    hooks: dict[str, Any] = {
+        name: lambda *arguments, name=name: (called.append(name), arguments[-2:])[1]
+        for name in ("on_train_begin", "on_epoch_end", "on_train_end", "on_exception")
+    }
+    never = library.when(lambda state, logs: False, host("noted", **hooks))
+    fitted(never, count=1)
+    assert called == ["on_train_end"]
+    called.clear()
+    with pytest.raises(RuntimeError, match="boom"):
+        fitted(never, host("boom", on_epoch_end=boom), count=1)
+    assert called == ["on_exception"]

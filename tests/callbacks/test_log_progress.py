@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
-from problems import batches, trainer
+from problems import batches, host, trainer
 
 import ant_jax as ant
+from ant_jax.callbacks import _log_progress
 
 
 def test_a_line_every_so_many_batches_and_one_every_epoch():
@@ -25,6 +26,27 @@ def test_a_line_every_so_many_batches_and_one_every_epoch():
     assert first[1].endswith("(16 examples/s)") and first[2].endswith("(16 examples/s)")
     assert first[3].endswith("(11 examples/s)")  # the last batch has 3 examples
     assert first[4].startswith("epoch 1/2 took 3.00 s: train_loss") and "val_loss" in first[4]
+
+
+def test_the_rate_of_an_epochs_last_line_leaves_out_what_follows_its_batches(monkeypatch):
+    # So lines wait, those of an epoch as short as this one until it has ended.
+    monkeypatch.setattr(_log_progress, "_is_ready", lambda value: False)
+    printed: list[str] = []
+    time = [0.0]
+
+    def after(seconds: float) -> Any:
+        def hook(*arguments: Any) -> Any:
+            time[0] += seconds
+            return arguments[-2:]
+
+        return hook
+
+    lines = ant.callbacks.log_progress(6, printer=printed.append, clock=lambda: time[0])
+    slow = host("slow", every=1, on_batch_end=after(2**-6), on_evaluate_end=after(100.0))
+    a_trainer = trainer(slow, lines)
+    a_trainer.fit(a_trainer.init(batches()[0]), batches(6), 1, batches(1))
+    (line,) = [line for line in printed if "batch" in line]
+    assert line.startswith("  batch 6/6") and line.endswith("(512 examples/s)")
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 4, 100])
