@@ -711,7 +711,7 @@ def test_nor_any_model_state_or_open_window(value, tmp_path, caplog):
     a_trainer = trainer(model=pair, gradient_accumulation_steps=2)
     good = a_trainer.init(batches(1)[0])
     assert good.accumulator is not None
-    window = good.accumulator.replace(grads={"w": jnp.array([0.0, value, 0.0])})
+    window = dataclasses.replace(good.accumulator, grads={"w": jnp.array([0.0, value, 0.0])})
     spoilt = {
         "model_state/mean": good.replace(model_state={**good.model_state, "mean": jnp.array([value, 0.0])}),
         "accumulator/grads/w": good.replace(accumulator=window),
