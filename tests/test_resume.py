@@ -520,6 +520,22 @@ def test_a_damaged_checkpoint_is_an_error_unless_told_and_all_damaged_always(tmp
         a_trainer.restore(tmp_path, 2, fall_back=True)
 
 
+def test_all_damaged_ones_after_the_newest_sound_one_are_set_aside(saved, tmp_path, caplog):
+    directory, states = saved
+    run = tmp_path / "run"
+    shutil.copytree(directory, run)
+    first, *later = sorted(states)
+    for step in later:
+        (run / f"step_{step}" / "host" / "metadata").write_text("{}")
+    a_trainer = trainer(library.ema(0.9), library.checkpoint(run, keep=9), optimizer=adam())
+    state = a_trainer.init(batches(1)[0])
+    a_trainer.fit(state, batches(2), 3, resume=run)
+    assert steps_in(run) == sorted(states)  # written anew
+    assert sorted(path.name for path in run.glob("*.corrupt")) == [f"step_{step}.corrupt" for step in later]
+    assert_bit_equal(a_trainer.restore(run, first), states[first])
+    assert_bit_equal(a_trainer.restore(run), states[later[-1]])
+
+
 def test_junk_is_no_checkpoint_and_in_nobodys_way(tmp_path, caplog):
     for name in ("999", "step_", "step_x", "step_07", "step_5.corrupt", "2026-11-25"):
         (tmp_path / name).mkdir()
