@@ -63,7 +63,7 @@ class Chunk(NamedTuple):
             when it was asked for single batches.
         filled: batches in it.
         examples: examples in each.
-        last: whether the epoch ends with this chunk; ``None``: nobody knows yet.
+        last: whether the epoch ends with this chunk; ``None``: not known yet.
         places: where the loader was before each batch, and after the last; ``None`` when batches are counted.
     """
 

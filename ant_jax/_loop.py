@@ -535,7 +535,7 @@ def evaluate(
 
 
 def _telling_when_long(chunks: Iterator[Chunk], length: int | None, name: str) -> Iterator[Chunk]:
-    """Pass on the chunks of an evaluation, and say so (logger ``ant_jax``) when nobody can tell how many will come."""
+    """Pass on the chunks of an evaluation; log a line where their number is unknown and they take long."""
     began, patience, batches = time.monotonic(), LONG_SECONDS, 0
     for chunk in chunks:
         yield chunk
