@@ -21,7 +21,7 @@ from ant_jax._finite import NonFiniteError
 from ant_jax._live import DevicePart, Live, device_part
 from ant_jax._models import PureModel, applied, initialized
 from ant_jax._pace import Pace
-from ant_jax._packing import PackedLogs, Unpacked
+from ant_jax._packing import PackedLogs, Unpacked, unpacked
 from ant_jax._state import CYCLE, Accumulator, TrainState, key_of_cycle, refuse_mismatch, scalar
 from ant_jax._step import Step
 from ant_jax._sums import LogSums, zero_sums
@@ -173,7 +173,7 @@ class TrainProgram:
             live.give(leaves)
             steps, first = count if done is None else int(done) - start, start
             last = start + steps - 1
-        latest = Unpacked(few, logs, last, {"batch_size": chunk.examples})
+        latest = unpacked(few, logs, last, {"batch_size": chunk.examples})
         launch = Launch(steps, chunk.examples, latest, logs, first)
         if stop is not None:
             live.stop = live.stop or bool(stop)
@@ -222,7 +222,7 @@ class TrainProgram:
         """
         leaves, structure = jax.tree.flatten(part)
         leaves, cycle, stop, few, logs = self._by_hand(leaves, key_data, cycle, batch)
-        latest = Unpacked(few, logs, more={"batch_size": batch_size_of(batch)})
+        latest = unpacked(few, logs, more={"batch_size": batch_size_of(batch)})
         return jax.tree.unflatten(structure, leaves), cycle, stop, latest
 
     def _run_by_hand(self, leaves: list[Any], key_data: Any, cycle: Any, batch: PyTree) -> tuple[Any, ...]:

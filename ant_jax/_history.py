@@ -8,6 +8,9 @@ from typing import Any, overload
 import jax
 import numpy as np
 
+from ant_jax._logs import joined
+from ant_jax._packing import Unpacked
+
 
 def to_python(value: Any) -> Any:
     """Turn a logged value into a Python number, or into a numpy array when it is not a scalar.
@@ -26,16 +29,14 @@ def to_python(value: Any) -> Any:
 class _Row:
     """The logs of one epoch, turned into Python numbers once, when somebody first reads them."""
 
-    __slots__ = ("_read", "_values")
+    __slots__ = ("_values",)
 
     def __init__(self, values: Mapping[str, Any]):
-        self._values = dict(values)
-        self._read = False
+        self._values: Mapping[str, Any] = joined(values)
 
     def values(self) -> dict[str, Any]:
-        if not self._read:
-            self._values = {name: to_python(value) for name, value in self._values.items()}
-            self._read = True
+        if isinstance(self._values, Unpacked):
+            self._values = {name: to_python(value) for name, value in self._values.on_host().items()}
         return dict(self._values)
 
 

@@ -103,3 +103,17 @@ class Logs(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"Logs({self._values!r})"
+
+
+def joined(*parts: Mapping[str, Any]) -> Unpacked:
+    """Join logs without reading them; of values of one name the last is taken.
+
+    >>> dict(joined({"loss": 0.5, "lr": 1}, Logs({"loss": 0.25})))
+    {'loss': 0.25, 'lr': 1}
+    """
+    values: dict[str, Any] = {}
+    for part in parts:
+        while isinstance(part, Logs):
+            part = part._values
+        values |= part.unread() if isinstance(part, Unpacked) else part
+    return Unpacked(values)

@@ -62,9 +62,10 @@ from ant_jax._feed import Ahead, Chunk, Feed, Loaders
 from ant_jax._finite import NonFiniteError
 from ant_jax._interrupt import TERMINATED, Interrupts
 from ant_jax._live import Live
-from ant_jax._logs import Logs
+from ant_jax._logs import Logs, joined
 from ant_jax._looks import Look
 from ant_jax._pace import LAUNCH_SECONDS, Pace
+from ant_jax._packing import Unpacked
 from ant_jax._reader import Place, Reader
 from ant_jax._run import Run
 from ant_jax._state import HostFields, StateMismatch, TrainState, refuse_mismatch
@@ -164,7 +165,7 @@ class Loop:
         closing: Mapping[str, Any] = {}
         while live.host.epoch < self._run.num_epochs and (not live.stop or live.host.batch_idx > 0):
             closing = self._epoch(live.host.epoch)
-        self._hook("on_train_end", None, {**opening, **closing})
+        self._hook("on_train_end", None, joined(opening, closing))
 
     def _epoch(self, epoch: int) -> Mapping[str, Any]:
         live = self._live
@@ -190,7 +191,7 @@ class Loop:
             self._run.whole = False
             live.put(state)
             del state  # who still refers to the state when the next launch overwrites it, makes it copy
-        closing = self._hook("on_epoch_end", epoch, {**live.host.opened, **trained, **evaluated})
+        closing = self._hook("on_epoch_end", epoch, joined(live.host.opened, trained, evaluated))
         live.update(log_sums=None)
         history = live.host.history.appended(closing)
         waiting = tuple((0, size) for start, size in live.host.batch_sizes if start <= live.host.batch_idx)
@@ -216,7 +217,7 @@ class Loop:
         windows = {look.callback.name: look.window for look in self._looks if look.open}
         return state.replace(host=state.on_host()._replace(windows=windows, loader=self._place))
 
-    def _batches(self, epoch: int) -> dict[str, Any]:
+    def _batches(self, epoch: int) -> Unpacked:
         """Train on the batches of an epoch; returns their means as ``train_`` logs."""
         live = self._live
         self._looks = looks = [Look(*watcher) for watcher in self._events.watchers]
@@ -437,11 +438,11 @@ class Loop:
                 sums[name] = plus(total, value, examples), weight + examples
         self._live.move(published=sums)
 
-    def _epoch_means(self) -> dict[str, Any]:
+    def _epoch_means(self) -> Unpacked:
         sums, host = self._live.part().log_sums, self._live.host
         values = {} if sums is None else means(sums, host.examples)
-        values |= {name: mean(total, weight) for name, (total, weight) in host.published.items()}
-        return {f"train_{name}": values[name] for name in loss_first(values)}
+        published = {name: mean(total, weight) for name, (total, weight) in host.published.items()}
+        return _prefixed("train_", joined(values, published))
 
     def _hook(
         self, name: str, lead: Any, logs: Mapping[str, Any], only: Container[str] | None = None
@@ -527,8 +528,7 @@ def evaluate(
             jax.block_until_ready(before)  # no more than two chunks under way
             between()
         ended = True
-    values = means(sums, examples)
-    logs = {**opening, **{f"val_{name}": values[name] for name in loss_first(values)}}
+    logs = joined(opening, _prefixed("val_", means(sums, examples)))
     ended = events.host_hook("on_evaluate_end", None, trainer, state, logs)
     between()
     return ended
@@ -573,6 +573,6 @@ def _prepare(
     return checked
 
 
-def loss_first(names: Mapping[str, Any]) -> list[str]:
-    """Sort the names of logs, the loss before the others."""
-    return sorted(names, key=lambda name: (name != "loss", name))
+def _prefixed(prefix: str, logs: Unpacked) -> Unpacked:
+    """Put a prefix before the names of logs, and sort them, the loss before the others."""
+    return logs.selected({prefix + name: name for name in sorted(logs, key=lambda name: (name != "loss", name))})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ class PackedLogs:
         return weights
 
     def few(self) -> dict[str, Any]:
-        """Return the first logs by their names; :class:`Unpacked` has the others, too."""
+        """Return the first logs by their names; ``unpacked`` adds the others."""
         count = len(self.names) if len(self.names) <= FEW else FEW_OF_MANY
         return {name: self.scalars[..., i] for i, name in enumerate(self.names[:count])} | self.others
 
@@ -93,12 +93,13 @@ def pack(
     places = {key: len(names) + i for i, key in enumerate(distinct)}
     parts = _parts(names, logs, vectors or {})
     vector = vector_of([*parts, *(weight.astype(dtype) for weight in distinct.values())])
+    of_names = set(names)
     packed = PackedLogs(
         tuple(names),
         tuple(sorted((name, places[id(weight)]) for name, weight in weights.items())),
         tuple(sorted(sometimes)),
         vector,
-        {name: log for name, log in logs.items() if name not in set(names)},
+        {name: log for name, log in logs.items() if name not in of_names},
     )
     return _without_absent(packed) if sometimes else packed
 
@@ -164,7 +165,7 @@ def entries_of(vectors: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
 
 @jax.jit  # so that vectors of one length are taken apart in one trace
 def _taken(vector: Any) -> list[Any]:
-    return [lax.index_in_dim(vector, place, keepdims=False) for place in range(vector.size)]
+    return [part.reshape(()) for part in lax.split(vector, [1] * vector.size)]
 
 
 def _small_vector(scalars: list[Any]) -> Any:
@@ -174,8 +175,91 @@ def _small_vector(scalars: list[Any]) -> Any:
     return vector
 
 
+class _Entry(NamedTuple):
+    """A log that is taken out of packed ones when it is read.
+
+    Attributes:
+        scalars: of one step or of several.
+        row: which step's, where there are several.
+        place: in the scalars; ``None`` of a log that is given alone.
+        weight: the place of its weight, where a batch may lack the log.
+        alone: the log, where a program has returned it one by one.
+    """
+
+    scalars: Any
+    row: int | None
+    place: int | None
+    weight: int | None
+    alone: Any
+
+    def on_device(self) -> Any:
+        value = self.alone if self.place is None else self._at(self.place)
+        if self.weight is None or not jnp.issubdtype(value.dtype, jnp.inexact):
+            return value
+        with jax.debug_nans(False):  # here NaN says that nothing is there
+            return _marked(value, self._at(self.weight))
+
+    def on_host(self) -> np.ndarray:
+        scalars = np.asarray(self.scalars)  # copied once for all entries, since JAX keeps the copy
+        scalars = scalars if self.row is None else scalars[self.row]
+        value = np.asarray(self.alone if self.place is None else scalars[self.place])
+        lacks = self.weight is not None and value.dtype.kind in "fc" and not scalars[self.weight] > 0
+        return np.full_like(value, np.nan) if lacks else value
+
+    def _at(self, place: int) -> Any:
+        indices = [place] if self.row is None else [self.row, place]
+        return _entry(self.scalars, *jax.device_put([np.int32(index) for index in indices]))
+
+
 class Unpacked(Mapping[str, Any]):
-    """The logs of one step on the host, as device arrays; a log that the batch lacks is NaN (0, for an integer).
+    """Logs on the host, as device arrays; a log that the batch lacks is NaN (0, for an integer).
+
+    What a program has not returned one by one is taken out of the packed logs when it is read, because that takes
+    0.1 ms, and there may be hundreds.
+
+    Args:
+        values: by name.
+    """
+
+    def __init__(self, values: Mapping[str, Any]):
+        self._values = dict(values)
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._values[name]
+        if isinstance(value, _Entry):
+            value = self._values[name] = value.on_device()
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def on_host(self) -> dict[str, Any]:
+        """Return the values, those that nothing has read yet as numpy arrays; this waits for the device."""
+        return {name: value.on_host() if isinstance(value, _Entry) else value for name, value in self._values.items()}
+
+    def selected(self, names: Mapping[str, str]) -> Unpacked:
+        """Return some of the values without reading them.
+
+        Args:
+            names: old ones, by the new ones in the new order.
+        """
+        return Unpacked({new: self._values[old] for new, old in names.items()})
+
+    def unread(self) -> dict[str, Any]:
+        """Return what makes equal logs, without reading them."""
+        return dict(self._values)
+
+
+def unpacked(
+    few: Mapping[str, Any], packed: PackedLogs, row: int | None = None, more: Mapping[str, Any] | None = None
+) -> Unpacked:
+    """Unpack the logs of one step.
 
     Args:
         few: what a program has returned of them one by one.
@@ -183,45 +267,15 @@ class Unpacked(Mapping[str, Any]):
         row: which step's, where there are several.
         more: other values, by name.
     """
-
-    def __init__(
-        self,
-        few: Mapping[str, Any],
-        packed: PackedLogs,
-        row: int | None = None,
-        more: Mapping[str, Any] | None = None,
-    ):
-        self._values = {**(more or {}), **few}
-        self._packed, self._row = packed, row
-        self._late = {name: i for i, name in enumerate(packed.names) if name not in few}
-        self._unmarked = set(packed.sometimes)
-
-    def __getitem__(self, name: str) -> Any:
-        if name in self._late:
-            self._values[name] = self._entry(self._late.pop(name))
-        if name in self._unmarked:
-            self._unmarked.remove(name)
-            self._values[name] = self._marked(self._values[name], self._entry(dict(self._packed.weighed)[name]))
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([*self._values, *self._late])
-
-    def __len__(self) -> int:
-        return len(self._values) + len(self._late)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._values or name in self._late
-
-    def _entry(self, place: int) -> Any:
-        indices = [place] if self._row is None else [self._row, place]
-        return _entry(self._packed.scalars, *[jax.device_put(np.int32(index)) for index in indices])
-
-    def _marked(self, value: Any, weight: Any) -> Any:
-        if not jnp.issubdtype(value.dtype, jnp.inexact):
-            return value
-        with jax.debug_nans(False):  # here NaN says that nothing is there
-            return _marked(value, weight)
+    values = {**(more or {}), **few}
+    for place, name in enumerate(packed.names):
+        if name not in few:
+            values[name] = _Entry(packed.scalars, row, place, None, None)
+    weights = dict(packed.weighed) if packed.sometimes else {}
+    for name in packed.sometimes:
+        place = packed.names.index(name) if name not in few else None
+        values[name] = _Entry(packed.scalars, row, place, weights[name], few.get(name))
+    return Unpacked(values)
 
 
 @jax.jit

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ant_jax._packing import PackedLogs, Unpacked
+from ant_jax._packing import PackedLogs, Unpacked, unpacked
 
 
 # Floats in a sum: each holds what rounding has left out of those before it. Three of float32 stand for 72 bits.
@@ -46,7 +46,7 @@ def zero_sums(form: PackedLogs) -> LogSums:
     return LogSums(jax.tree.map(lambda leaf: jnp.zeros((WORDS, *leaf.shape), _dtype_of_sum(leaf.dtype)), form))
 
 
-def means(sums: LogSums, examples: int) -> dict[str, jax.Array]:
+def means(sums: LogSums, examples: int) -> Unpacked:
     """Turn sums into means; NaN where there were no examples.
 
     Args:
@@ -55,7 +55,7 @@ def means(sums: LogSums, examples: int) -> dict[str, jax.Array]:
     """
     with _dividing():
         few, packed = _means(sums, jax.device_put(np.float64(examples)))
-    return dict(Unpacked(few, packed))
+    return unpacked(few, packed)
 
 
 def plus(total: Any, value: Any, examples: int) -> Any:

@@ -16,9 +16,9 @@ PACKAGE = pathlib.Path(ant_jax.__file__).parent
 LAYERS = [
     {"_broadcasts", "_finite", "_interrupt", "_memories", "_pace", "_requirements", "_seal", "_trees"},
     {"_packing", "_windows"},
+    {"_logs"},
     {
-        "_encoding", "_history", "_hyperparams", "_lock", "_logs", "_objective", "_sums", "_model_state", "_modes",
-        "metrics",
+        "_encoding", "_history", "_hyperparams", "_lock", "_objective", "_sums", "_model_state", "_modes", "metrics",
     },
     {"_linen", "_nnx"},
     {"_models"},

@@ -25,6 +25,8 @@ HISTOGRAM_EXPONENTS = range(-24, 8)
 # Elements of the largest parameter that is copied beside others of its size, to have their norms from one operation:
 # XLA takes milliseconds to compile one. To copy more would make the step slower.
 SMALL = 4096
+# Parameters that one operation joins, because XLA on a CPU compiles one kernel for all, in more than linear time.
+GROUP = 25
 
 
 def gradient_norm(*, name: str = "grad_norm") -> Callback:
@@ -151,8 +153,10 @@ def _norms_of_equal(leaves: list[Any]) -> Any:
     if len(leaves) == 1:
         return _norm(leaves[0])
     size = leaves[0].size
-    rows = lax.concatenate([lax.reshape(leaf, (size,)) for leaf in leaves], 0).reshape(len(leaves), size)
-    return jax.vmap(_norm)(rows)
+    groups = [leaves[start : start + GROUP] for start in range(0, len(leaves), GROUP)]
+    vectors = [lax.concatenate([lax.reshape(leaf, (size,)) for leaf in group], 0) for group in groups]
+    rows = [lax.reshape(vector, (len(group), size)) for vector, group in zip(vectors, groups, strict=True)]
+    return jax.vmap(_norm)(lax.concatenate(rows, 0))
 
 
 def _sorted(paths: list[str], norms: Any) -> tuple[tuple[str, ...], Any]:
