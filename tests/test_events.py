@@ -258,3 +258,59 @@ def test_traced_and_host_callbacks_see_the_other_ones_memories():
     )
     state, _ = a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 3)
     assert state.callback_states["host"] == "seen:123"
+
+
+def test_at_every_hook_on_the_host_a_callback_is_given_the_state_that_the_one_before_it_returned():
+    """Also in `on_exception` where a callback between them fails at it."""
+    names, seen = [*HOST_NAMES, "on_exception"], []
+
+    def marking(name: str) -> Any:
+        return lambda *arguments: (arguments[-2].with_callback_state("first", name), arguments[-1])
+
+    def looking(name: str) -> Any:
+        return lambda *arguments: (seen.append((name, arguments[-2].callback_states["first"])), arguments[-2:])[1]
+
+    def fail(*arguments: Any) -> Any:
+        raise InterruptedError
+
+    marks: Any = {name: marking(name) for name in names}
+    looks: Any = {name: looking(name) for name in names}
+    a_trainer = trainer(
+        host("first", init=lambda state: "", **marks),
+        host("between", on_exception=fail),
+        host("second", **looks),
+        host("fails", on_train_end=fail),
+    )
+    with pytest.raises(InterruptedError):
+        a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 1, batches(1))
+    assert all(mark == name for name, mark in seen), seen
+    assert {name for name, _ in seen} == set(names)
+
+
+def test_at_every_hook_in_compiled_code_a_callback_is_given_the_state_that_the_one_before_it_returned():
+    names = [name for name in HOST_NAMES if name != "on_checkpoint"] + GRADIENT_NAMES
+
+    def hooks_that(change: Any) -> Any:
+        def hook_of(number: int, name: str) -> Any:
+            def hook(*arguments: Any) -> Any:
+                state, *rest = arguments[-len(HOOKS[name].values) :]
+                return change(state, number), *rest
+
+            return hook
+
+        return {name: hook_of(number, name) for number, name in enumerate(names)}
+
+    def mark(state: Any, number: int) -> Any:
+        return state.with_callback_state("first", jnp.int32(number))
+
+    def look(state: Any, number: int) -> Any:
+        marked = state.callback_states["first"] == number
+        return state.with_callback_state("second", state.callback_states["second"].at[number].set(marked))
+
+    a_trainer = trainer(
+        ant.Callback(name="first", traced=True, init=lambda state: -1, **hooks_that(mark)),
+        ant.Callback(name="second", traced=True, init=lambda state: jnp.zeros(len(names), bool), **hooks_that(look)),
+    )
+    state, _ = a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 1, batches(1))
+    marked = state.callback_states["second"]
+    assert all(marked), [name for name, was in zip(names, marked, strict=True) if not was]

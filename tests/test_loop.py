@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from problems import BATCH, LINEAR, adam, apply, assert_bit_equal, batches, cros
 import ant_jax as ant
 from ant_jax import HOOKS
 from ant_jax._pace import Pace
+from ant_jax._state import CYCLE
 
 
 HOST_NAMES = [name for name, hook in HOOKS.items() if not hook.tree and name != "on_exception"]
@@ -368,6 +370,31 @@ def test_a_stop_inside_an_accumulation_window_lets_it_close(fuse, traced):
     assert_bit_equal(state, expected, "params")
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("may_stop", [True, False], ids=["a traced one that may", "alone"])
+def test_a_stop_that_a_host_callback_has_asked_for_ends_the_run_with_the_window(may_stop, fuse, monkeypatch):
+    # As many steps a launch as there are.
+    monkeypatch.setattr(Pace, "steps", property(lambda pace: 10**6, lambda pace, steps: None), raising=False)
+    asking: list[Any] = []
+
+    def hook_of(name: str) -> Any:
+        def hook(lead: int, trainer: Any, state: Any, logs: Any) -> Any:
+            return state.request_stop(when=[name, lead] == asking), logs
+
+        return hook
+
+    hooks: Any = {name: hook_of(name) for name in ("on_epoch_begin", "on_batch_begin", "on_batch_end")}
+    never = ant.Callback(name="never", traced=True, on_batch_end=lambda b, t, s, logs: (s.request_stop(b < 0), logs))
+    options: dict[str, Any] = {"gradient_accumulation_steps": 3, "fuse": fuse}
+    a_trainer = trainer(host(every=4, **hooks), *([never] if may_stop else []), **options)
+    start = a_trainer.init(batches()[0])
+    for *place, ends in (("on_epoch_begin", 0, 3), ("on_batch_begin", 4, 6), ("on_batch_end", 3, 6)):
+        asking[:] = place
+        state, history = a_trainer.fit(start, batches(20), 2)
+        assert (int(state.step), bool(state.window_open), len(history)) == (ends, False, 1)
+        assert_bit_equal(state, a_trainer.fit(start, batches(20)[:ends], 1)[0], "params")
+
+
 def test_a_stop_at_the_beginning_of_an_epoch_comes_after_its_first_batch():
     state, history = run([], stop_at=("on_epoch_begin", 1))
     assert int(state.step) == 4
@@ -633,3 +660,132 @@ def test_an_epoch_of_fewer_steps_has_the_first_batches_of_its_order(fuse, steps)
         expected, _ = a_trainer.fit(expected, first, epoch + 1)
     assert_bit_equal(state, expected)
     assert history == expected.history and int(state.step) == 2 * steps
+
+
+# --- what a host hook replaces in the state
+
+
+def doubled(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf + leaf, tree)
+
+
+Change = Callable[[ant.TrainState], ant.TrainState]
+REPLACED: dict[str, Change] = {
+    # Two batches before it begins anew, in a cycle of its own.
+    "step": lambda state: state.replace(step=jnp.int32(CYCLE - 2)),
+    "cycle": lambda state: state.replace(cycle=jnp.int32(1)),
+    "params": lambda state: state.replace(params=doubled(state.params)),
+    "model_state": lambda state: state.replace(model_state=doubled(state.model_state)),
+    "opt_state": lambda state: state.replace(opt_state=doubled(state.opt_state)),
+    "key": lambda state: state.replace(key=jax.random.key(7)),
+    "accumulator": lambda state: state.replace(accumulator=doubled(state.accumulator)),
+    "loss_scale": lambda state: state.replace(loss_scale=doubled(state.loss_scale)),
+    "log_sums": lambda state: state.replace(log_sums=doubled(state.log_sums)),
+    "callback_states, on the device": lambda state: state.with_callback_state(
+        "ema", doubled(state.callback_states["ema"])
+    ),
+    "callback_states, on the host": lambda state: state.with_callback_state("replacing", "another"),
+}
+FIELDS = ("step", "cycle", "params", "model_state", "opt_state", "key", "accumulator", "loss_scale", "callback_states")
+
+
+class Replacing:
+    """A run in which a host hook replaces something of the state, once."""
+
+    def __init__(self) -> None:
+        self._place: Any = None
+        self._change: Change = lambda state: state
+        self._kept: list[ant.TrainState] = []
+        hooks: Any = {name: self._hook(name) for name in HOST_NAMES}
+        callbacks = [ant.callbacks.ema(0.5), host("replacing", every=3, init=lambda state: "one", **hooks)]
+        self._trainer = trainer(
+            *callbacks,
+            model=(lambda key, inputs: (LINEAR[0](key, inputs)[0], {"drift": jnp.float32(1.0)}), self._apply),
+            optimizer=optax.sgd(0.1, momentum=0.9),
+            gradient_accumulation_steps=2,
+            precision="float16",
+        )
+        self.start = self._trainer.init(batches()[0])
+
+    def _apply(self, params: Any, model_state: Any, inputs: Any, key: Any) -> Any:
+        outputs, _ = apply(params, {}, inputs, None)
+        drift = model_state["drift"]
+        outputs += jnp.arange(outputs.shape[-1], dtype=outputs.dtype)[None] * drift.astype(outputs.dtype)
+        if key is None:
+            return outputs, model_state
+        return outputs + jax.random.normal(key, outputs.shape, outputs.dtype), {"drift": 0.75 * drift}
+
+    def _hook(self, name: str) -> Any:
+        def hook(*arguments: Any) -> Any:
+            *_, state, logs = arguments
+            if (name, state.epoch, state.batch_idx) != self._place or self._kept:
+                return state, logs
+            self._kept.append(state)
+            return self._change(state), logs
+
+        return hook
+
+    def fit(self, state: ant.TrainState) -> tuple[ant.TrainState, list[float]]:
+        state, history = self._trainer.fit(state, batches(7), 2, batches(1))
+        return state, history.to_dict()["train_loss"]
+
+    def replacing(self, place: Any, change: Change) -> tuple[Any, Any]:
+        """What the run ends with whose hook makes the change, and the one that goes on from the state that it makes."""
+        self._place, self._change = place, change
+        self._kept.clear()
+        got = self.fit(self.start)
+        (state,) = self._kept
+        return got, self.fit(change(state))
+
+
+@pytest.fixture(scope="module")
+def replacing() -> Replacing:
+    return Replacing()
+
+
+def assert_equal_ends(got: Any, expected: Any) -> None:
+    assert_bit_equal(got[0], expected[0], *FIELDS)
+    assert got[1] == expected[1]
+
+
+@pytest.mark.parametrize("field", REPLACED)
+def test_what_a_host_hook_replaces_in_the_state_is_what_the_run_goes_on_with(field, replacing):
+    """Inside an epoch, in an accumulation window that is open."""
+    got, expected = replacing.replacing(("on_batch_end", 0, 3), REPLACED[field])
+    assert_equal_ends(got, expected)
+    with pytest.raises(AssertionError):  # it matters
+        assert_equal_ends(got, replacing.fit(replacing.start))
+
+
+PLACES = [
+    ("on_train_begin", 0, 0),
+    ("on_epoch_begin", 0, 0),
+    ("on_epoch_begin", 1, 0),
+    ("on_batch_begin", 0, 3),
+    ("on_batch_end", 1, 6),
+    ("on_checkpoint", 0, 3),
+    ("on_evaluate_begin", 0, 7),
+    ("on_evaluate_end", 0, 7),
+    ("on_epoch_end", 0, 7),
+    ("on_checkpoint", 1, 0),
+    ("on_train_end", 2, 0),
+]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[0])
+def test_every_host_hook_may_replace_every_field(place, replacing):
+    """But for requests, and for what is there in the step alone."""
+    others = {"stop", "host", "skip", "objective"}
+    fields = {field.name for field in dataclasses.fields(ant.TrainState)} - others
+    assert fields == {*FIELDS, "log_sums"} == {name.partition(",")[0] for name in REPLACED}
+
+    def replace(state: ant.TrainState) -> ant.TrainState:
+        for field, change in REPLACED.items():
+            if field != "log_sums":  # of which an evaluation is not the end of an epoch's
+                state = change(state)
+        return state
+
+    got, expected = replacing.replacing(place, replace)
+    assert_equal_ends(got, expected)
+    with pytest.raises(AssertionError):
+        assert_equal_ends(got, replacing.fit(replacing.start))

@@ -295,6 +295,73 @@ def test_an_evaluation_in_a_hook_is_none_of_the_run():
     assert rates[-1] == 5 * BATCH / 11  # and not that of the batches before the evaluation; the first epoch compiles
 
 
+class Screen(io.StringIO):
+    """Shows what a bar says before its numbers, whenever that changes."""
+
+    def __init__(self, show: Callable[[str], None]):
+        super().__init__()
+        self._show, self._said = show, ""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        said = text.strip("\r\n ").partition(":")[0]
+        if said not in ("", self._said):
+            self._said = said
+            self._show(said)
+        return len(text)
+
+
+SHOWING: dict[str, Callable[[Callable[[str], None], Clock, pathlib.Path], ant.Callback]] = {
+    "progress_bar": lambda show, clock, path: library.progress_bar(file=Screen(show), clock=clock),
+    "log_progress": lambda show, clock, path: library.log_progress(4, printer=show, clock=clock),
+    "profile_steps": lambda show, clock, path: library.profile_steps(every=4, printer=show, clock=clock),
+    "throughput": lambda show, clock, path: library.chain(library.throughput(clock=clock), name="throughput"),
+    "csv_log": lambda show, clock, path: library.csv_log(path / "log.csv"),
+    "json_log": lambda show, clock, path: library.json_log(path / "log.jsonl", every=2),
+    "tolerate": lambda show, clock, path: library.tolerate(library.log_progress(4, printer=show, clock=clock)),
+}
+
+
+@pytest.mark.usefixtures("nothing_compiles")
+@pytest.mark.parametrize("name", SHOWING)
+def test_an_evaluation_in_a_hook_changes_nothing_of_what_is_shown(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("ant_jax._looks.LAUNCH_SECONDS", -1.0)  # who looks when the host has control looks always
+
+    def shown(evaluates: bool) -> list[str]:
+        clock, lines, path = Clock(), list[str](), tmp_path / str(evaluates)
+
+        def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+            clock.now += 1.0 + batch_idx
+            if evaluates and batch_idx == 1:
+                trainer.evaluate(state, batches(1))
+            return state, logs
+
+        showing = SHOWING[name](lines.append, clock, path)
+        _, history = fit(trainer(host("evaluates", on_batch_end=on_batch_end), showing), 2)
+        written = [file.read_text() for file in path.iterdir()] if path.exists() else []
+        # The table at the end has seconds of hooks, by a clock that goes.
+        return [line for line in lines if "callbacks" not in line] + written + [str(history.to_dict())]
+
+    assert shown(evaluates=True) == shown(evaluates=False)
+
+
+@pytest.mark.parametrize("hook", ["on_evaluate_begin", "on_evaluate_end"])
+def test_failures_in_an_evaluation_in_a_hook_are_none_of_the_run(hook, caplog):
+    def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        trainer.evaluate(state, batches(1))
+        return state, logs
+
+    def fail(trainer: Any, state: Any, logs: Any) -> Any:
+        raise OSError("down")
+
+    hooks: Any = {hook: fail}
+    fit(trainer(library.tolerate(host("fails", **hooks), failures=2), host("evaluates", on_batch_end=on_batch_end)), 1)
+    said = [record.getMessage() for record in caplog.records if "failed in" in record.getMessage()]
+    assert len(said) == 6 and all("failure 1 of 2" in line for line in said)
+
+
 def test_a_run_in_a_hook_cannot_save_where_the_outer_one_does(tmp_path):
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         if trainer.num_epochs == 2:

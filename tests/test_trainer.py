@@ -1,6 +1,7 @@
 """The trainer's arguments and methods, by hand and in fit."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -348,6 +349,44 @@ def test_the_state_of_another_model_is_refused():
         a_trainer.fit(state, batches(), 1)
     with pytest.raises(StateMismatch, match=r"state.params is not of the form(.|\n)*bias: missing"):
         a_trainer.init(batches()[0], params={"kernel": jnp.zeros((4, 3))})
+
+
+USES: dict[str, Callable[[ant.Trainer, ant.TrainState], Any]] = {
+    "fit": lambda a_trainer, state: a_trainer.fit(state, batches(2), 1),
+    "train_step": lambda a_trainer, state: a_trainer.train_step(state, batches()[0]),
+    "grad_step": lambda a_trainer, state: a_trainer.grad_step(state, batches()[0]),
+    "evaluate": lambda a_trainer, state: a_trainer.evaluate(state, batches(2)),
+    "predict": lambda a_trainer, state: a_trainer.predict(state, batches()[0][0]),
+}
+OTHER_PARAMS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "narrow": (
+        lambda params: {**params, "kernel": params["kernel"][:2]},
+        r"kernel: expected float32\[4,3\], got float32\[2,3\]",
+    ),
+    "short": (lambda params: {**params, "bias": params["bias"][:1]}, r"bias: expected float32\[3\], got float32\[1\]"),
+    "fewer": (lambda params: {"kernel": params["kernel"]}, "bias: missing"),
+    "more": (lambda params: {**params, "scale": jnp.ones(3)}, r"scale: unexpected, float32\[3\]"),
+}
+
+
+@pytest.fixture(scope="module")
+def used() -> tuple[ant.Trainer, ant.TrainState]:
+    """A trainer that has been used in every way with a state of its own."""
+    a_trainer = trainer()
+    state = a_trainer.init(batches()[0])
+    for use in USES.values():
+        use(a_trainer, state)
+    return a_trainer, state
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("kind", OTHER_PARAMS)
+def test_parameters_of_another_model_are_refused_by_every_use_of_a_trainer(kind, use, used):
+    (a_trainer, state), (change, message) = used, OTHER_PARAMS[kind]
+    with pytest.raises(
+        StateMismatch, match=f"state.params is not of the form that this trainer's model(.|\n)*{message}"
+    ):
+        USES[use](a_trainer, state.replace(params=change(state.params)))
 
 
 def test_init_takes_parameters_and_a_seed():

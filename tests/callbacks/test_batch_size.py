@@ -93,6 +93,41 @@ def test_a_size_that_the_epoch_has_no_batch_left_of_waits_for_the_next():
     assert [sizes_of(seen, epoch) for epoch in range(2)] == [[4] * 7, [16]]
 
 
+# By the batch of the first epoch in whose `on_batch_end` it is asked for.
+WAITING: dict[str, tuple[dict[int, int], list[list[int]]]] = {
+    "one": ({4: 16}, [[4] * 7, [16], [16]]),
+    "the later of two": ({4: 16, 5: 14}, [[4] * 7, [14] * 2, [14] * 2]),
+    "none, after one that fits": ({4: 16, 5: 3}, [[4] * 6 + [3] * 2, [3] * 10, [3] * 10]),
+    "one after one that fits": ({4: 3, 5: 16}, [[4] * 5 + [3] * 3, [16], [16]]),
+}
+
+
+@pytest.mark.parametrize("case", WAITING)
+def test_a_size_that_is_asked_for_once_waits_for_the_next_epoch_wherever_the_run_is_cut(case, tmp_path):
+    sizes, expected = WAITING[case]
+    kept: list[ant.TrainState] = []
+
+    def ask(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        asks = state.epoch == 0 and batch_idx in sizes
+        return state.request_batch_size(sizes[batch_idx]) if asks else state, logs
+
+    def keep(trainer: Any, state: Any, logs: Any) -> Any:
+        if (state.epoch, state.batch_idx) in ((0, 6), (1, 0)):
+            kept.append(state)
+        return state, logs
+
+    seen: list[Any] = []
+    asking, batches = host("asks", on_batch_end=ask, on_checkpoint=keep), loader(drop_last=True)
+    a_trainer = trainer(watcher(seen), asking)
+    whole, _ = a_trainer.fit(a_trainer.init(data(4)), batches, 3)
+    assert [sizes_of(seen, epoch) for epoch in range(3)] == expected
+    assert_bit_equal(whole, by_hand(expected), "params", "step")
+    for number, state in enumerate(kept[:]):
+        a_trainer.save(tmp_path / str(number), state)
+        again, _ = a_trainer.fit(a_trainer.restore(tmp_path / str(number)), batches, 3)
+        assert_bit_equal(again, whole)
+
+
 @pytest.mark.parametrize("hook", ["on_train_begin", "on_epoch_begin", "on_batch_begin", "on_batch_end", "on_epoch_end"])
 def test_a_request_holds_from_the_next_batch_on(hook):
     seen: list[Any] = []

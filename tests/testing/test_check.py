@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import gzip
 import io
+import os
+import pathlib
 import socket
 import tempfile
 import time
@@ -12,10 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from problems import numbers
 
 import ant_jax as ant
 from ant_jax import testing
+from ant_jax.testing._compare import difference
 
 
 def gradient_hook(change: Callable[[Any, Any, Any], Any]) -> Callable[[], ant.Callback]:
@@ -73,6 +79,17 @@ def kept_between_runs() -> ant.Callback:
         return state.replace(params=scaled(state.params, np.float32(runs[0]))), logs
 
     return ant.Callback(name="bad", on_train_begin=on_train_begin)
+
+
+def publishing_a_count() -> ant.Callback:
+    """Nothing but the history tells."""
+    epochs = [0]
+
+    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        epochs[0] += 1
+        return state, {**logs, "epochs": epochs[0]}
+
+    return ant.Callback(name="bad", on_epoch_end=on_epoch_end)
 
 
 def another_program_every_epoch() -> ant.Callback:
@@ -289,6 +306,10 @@ WRONG: dict[str, tuple[Callable[[], ant.Callback], str]] = {
     ),
     "memory in the closure": (memory_in_the_closure, "ends otherwise than one that was not interrupted"),
     "memory kept between runs": (kept_between_runs, "a second run with the same trainer ends otherwise"),
+    "a log that counts runs, too": (
+        publishing_a_count,
+        "a second run with the same trainer ends otherwise: the history",
+    ),
     "another program every epoch": (another_program_every_epoch, "programs are compiled after the first epoch"),
     "a list changed in place": (
         epoch_hook(in_place, init=lambda: {"losses": []}),
@@ -311,6 +332,58 @@ def test_a_wrong_callback_is_caught_and_its_fault_is_named(fault):
     make, message = WRONG[fault]
     with pytest.raises(testing.CallbackFault, match=f"callback 'bad'.*(.|\n)*{message}"):
         testing.check_callback(make)
+
+
+FLAGS = {
+    "O_WRONLY": os.O_WRONLY,
+    "O_RDWR": os.O_RDWR,
+    "O_WRONLY, O_CREAT": os.O_WRONLY | os.O_CREAT,
+    "O_WRONLY, O_CREAT, O_EXCL": os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+    "O_RDWR, O_APPEND": os.O_RDWR | os.O_APPEND,
+    "O_WRONLY, O_TRUNC": os.O_WRONLY | os.O_TRUNC,
+}
+TO_WRITE = [way + kind for way in ("w", "a", "x", "r+", "w+", "a+", "x+") for kind in ("", "t", "b")]
+WRITING: dict[str, Callable[[pathlib.Path], Any]] = {
+    **{mode: lambda path, mode=mode: open(path, mode).close() for mode in TO_WRITE},
+    "unbuffered": lambda path: open(path, "wb", buffering=0).close(),
+    "bytes": lambda path: open(os.fsencode(path), "w").close(),
+    "io.FileIO": lambda path: io.FileIO(str(path), "x").close(),
+    "gzip": lambda path: gzip.open(path, "w").close(),
+    "numpy.save": lambda path: np.save(path, np.ones(1)),
+    "write_text": lambda path: path.write_text("a batch"),
+    "write_bytes": lambda path: path.write_bytes(b"a batch"),
+    "path.open": lambda path: path.open("x").close(),
+    "touch": lambda path: path.touch(),
+    **{name: lambda path, flags=flags: os.close(os.open(path, flags)) for name, flags in FLAGS.items()},
+    "os.open of a str": lambda path: os.close(os.open(str(path), os.O_WRONLY)),
+    "os.open of bytes": lambda path: os.close(os.open(os.fsencode(path), os.O_RDWR)),
+}
+READING: dict[str, Callable[[pathlib.Path], Any]] = {
+    **{mode: lambda path, mode=mode: open(path, mode).close() for mode in ("r", "rt", "rb")},
+    "read_text": lambda path: path.read_text(),
+    "O_RDONLY": lambda path: os.close(os.open(path, os.O_RDONLY)),
+    "a descriptor": lambda path: open(os.open(path, os.O_RDONLY)).close(),
+}
+CREATING = [*[mode for mode in TO_WRITE if "x" in mode], "io.FileIO", "path.open", "touch", "O_WRONLY, O_CREAT, O_EXCL"]
+
+
+def test_a_file_that_is_opened_for_writing_is_noticed_in_every_mode(tmp_path):
+    places = {way: tmp_path / f"{number}.npy" for number, way in enumerate([*WRITING, *READING])}
+
+    def opening(state: Any, grads: Any, logs: Any) -> Any:
+        for way, use in {**WRITING, **READING}.items():
+            use(places[way])
+            if way in CREATING:  # it is traced twice
+                places[way].unlink()
+        return state, grads, logs
+
+    for way, path in places.items():
+        if way not in CREATING:
+            path.touch()
+    with pytest.raises(testing.CallbackFault) as caught:
+        testing.check_callback(gradient_hook(opening))
+    said = {way for way, path in places.items() if f"opens {str(path)!r} for writing" in str(caught.value)}
+    assert said == set(WRITING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,3 +416,105 @@ def test_a_right_callback_passes(kind):
 def test_it_asks_for_a_function_that_makes_the_callback():
     with pytest.raises(TypeError, match=r"check_callback\(lambda: callback\)"):
         testing.check_callback(Best())  # pyright: ignore[reportArgumentType]  # the mistake
+
+
+# --- what two states differ in
+
+
+@pytest.fixture(scope="module")
+def trained() -> ant.TrainState:
+    """A state in which every field has numbers."""
+    host = ant.Callback(name="host", init=lambda state: {"seen": [0.5, 1], "array": np.ones(2)})
+    nan = ant.Callback(name="nan", on_epoch_end=lambda epoch, trainer, state, logs: (state, {**logs, "nan": np.nan}))
+    tiny = testing.problem(
+        ant.callbacks.ema(0.9),
+        host,
+        nan,
+        model=(lambda key, inputs: ({"kernel": jnp.ones((4, 3))}, {"seen": jnp.zeros(2)}), _outputs),
+        optimizer=optax.sgd(0.1, momentum=0.9),
+        gradient_accumulation_steps=2,
+        precision="float16",
+    )
+    return tiny.trainer.fit(tiny.state, tiny.train_loader, 1, tiny.val_loader)[0]
+
+
+def _outputs(params: Any, model_state: Any, inputs: Any, key: Any) -> Any:
+    return inputs @ params["kernel"], model_state
+
+
+def with_another_bit(leaf: Any) -> Any:
+    data = bytearray(numbers(leaf).tobytes())
+    data[0] ^= 1
+    array = jnp.asarray(np.frombuffer(data, numbers(leaf).dtype).reshape(numbers(leaf).shape))
+    return jax.random.wrap_key_data(array) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else array
+
+
+def copied(state: ant.TrainState) -> ant.TrainState:
+    state = jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, state)
+    return state.replace(host=state.on_host()._replace(history=ant.History(list(state.history))))
+
+
+def test_equal_states_differ_in_nothing(trained):
+    spoilt = trained.replace(params={"kernel": jnp.full((4, 3), np.nan)})
+    for state in (trained, spoilt):
+        assert difference(state, state) == difference(state, copied(state)) == ""
+
+
+def test_a_bit_of_any_array_of_a_state_is_a_difference_that_is_named(trained):
+    leaves, structure = jax.tree_util.tree_flatten_with_path(trained)
+    fields: set[str] = set()
+    for position, (path, leaf) in enumerate(leaves):
+        if isinstance(leaf, jax.Array):
+            others = [with_another_bit(value) if i == position else value for i, (_, value) in enumerate(leaves)]
+            named = difference(trained, jax.tree.unflatten(structure, others))
+            place = jax.tree_util.keystr(path, simple=True, separator="/")
+            assert named == f"state.{place} differs"
+            fields.add(place.partition("/")[0])
+    compared = {"step", "cycle", "params", "model_state", "opt_state", "key", "accumulator", "loss_scale"}
+    assert fields == {*compared, "callback_states"}
+
+
+def remembering(value: Any) -> Callable[[ant.TrainState], ant.TrainState]:
+    return lambda state: state.with_callback_state("host", value)
+
+
+def recording(change: Callable[[dict[str, Any]], list[Any]]) -> Callable[[ant.TrainState], ant.TrainState]:
+    return lambda state: state.replace(host=state.on_host()._replace(history=ant.History(change(state.history[0]))))
+
+
+KERNEL, MEMORY = "state.params/kernel differs", "state.callback_states/host differs"
+DIFFERENCES: dict[str, tuple[Callable[[ant.TrainState], ant.TrainState], str]] = {
+    "a sign of zero": (
+        lambda state: state.replace(model_state={"seen": -state.model_state["seen"]}),
+        "model_state/seen",
+    ),
+    "a shape": (lambda state: state.replace(params={"kernel": state.params["kernel"].reshape(2, 6)}), KERNEL),
+    "a dtype": (
+        lambda state: state.replace(params={"kernel": jax.lax.bitcast_convert_type(state.params["kernel"], jnp.int32)}),
+        KERNEL,
+    ),
+    "no parameter": (lambda state: state.replace(params={}), KERNEL),
+    "one more parameter": (
+        lambda state: state.replace(params={**state.params, "bias": jnp.zeros(3)}),
+        "state.params/bias differs",
+    ),
+    "no window": (lambda state: state.replace(accumulator=None), "state.accumulator/"),
+    "a memory's number": (remembering({"seen": [0.25, 1], "array": np.ones(2)}), MEMORY),
+    "a memory's kind of number": (remembering({"seen": [0.5, 1.0], "array": np.ones(2)}), MEMORY),
+    "a memory's container": (remembering({"seen": (0.5, 1), "array": np.ones(2)}), MEMORY),
+    "a memory's array": (remembering({"seen": [0.5, 1], "array": np.ones(2, np.float32)}), MEMORY),
+    "no memory": (lambda state: state.replace(callback_states={"ema": state.callback_states["ema"]}), MEMORY),
+    "a log": (recording(lambda logs: [{**logs, "val_loss": 0.5}]), "the history differs:\nepoch"),
+    "a log that was not a number": (recording(lambda logs: [{**logs, "nan": 0.5}]), "the history differs:\nepoch"),
+    "one more log": (recording(lambda logs: [{**logs, "more": 0.5}]), "the history differs:\nepoch"),
+    "no epoch": (recording(lambda logs: []), "the history differs:\nepoch"),
+    "one more epoch": (recording(lambda logs: [logs, logs]), "the history differs:\nepoch"),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENCES)
+def test_every_kind_of_difference_of_two_states_is_named(what, trained):
+    change, named = DIFFERENCES[what]
+    other = change(copied(trained))
+    for one, two in ((trained, other), (other, trained)):
+        assert named in difference(one, two)
