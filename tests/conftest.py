@@ -1,6 +1,9 @@
 """Strict JAX for every test: promotions raise, several CPU devices, one compilation counter."""
 
+import functools
 import os
+import pathlib
+import re
 import signal
 
 
@@ -18,6 +21,24 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@functools.cache
+def _imports_torch(path: pathlib.Path) -> bool:
+    return re.search(r"^(import|from) torch", path.read_text(), re.MULTILINE) is not None
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
+    """Leave out the modules that import torch, where what needs it is deselected."""
+    deselected = config.getoption("markexpr") == "not torch" and collection_path.suffix == ".py"
+    return True if deselected and _imports_torch(collection_path) else None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests of modules that import torch."""
+    if item.path.suffix == ".py" and _imports_torch(item.path):
+        item.add_marker("torch")
+
 
 _compilations: list[str] = []
 

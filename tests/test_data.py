@@ -96,6 +96,7 @@ def test_a_batch_size_may_be_numpys():
     assert len(loader) == 2 and type(loader.batch_size) is int
 
 
+@pytest.mark.torch
 def test_all_loaders_train_alike():
     import grain
     import torch

@@ -13,6 +13,7 @@ README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.torch
 def test_the_example_and_the_ported_callback_run(capsys):
     names: dict[str, Any] = {"__name__": "readme"}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
