@@ -39,7 +39,7 @@ def plot_history(path: str | os.PathLike[str], *names: str, name: str = "plot_hi
         KeyError: after the first epoch, if there is no scalar of a name; the message lists those there are.
 
     >>> plot_history("runs/digits.png", "train_loss", "val_loss")
-    Callback(name='plot_history', hooks=on_checkpoint, on_train_end, on_exception)
+    Callback(name='plot_history', hooks=on_train_begin, on_checkpoint, on_train_end, on_exception)
     """
     require("plot_history", "matplotlib", "plot")
     check_path("plot_history", "path", path, file=True)
@@ -49,9 +49,15 @@ def plot_history(path: str | os.PathLike[str], *names: str, name: str = "plot_hi
     _check_suffix(target)
     pictures: PerRun[_Picture] = PerRun(lambda picture: picture.close())
 
+    def picture(trainer: Any) -> _Picture:
+        return pictures.of(trainer) or pictures.open(trainer, _Picture(target, names))
+
+    def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
+        picture(trainer)  # which claims the path, as files do, before a run beside this one can end and let go of it
+        return state, logs
+
     def on_checkpoint(trainer: Any, state: Any, logs: Any) -> Any:
-        picture = pictures.of(trainer) or pictures.open(trainer, _Picture(target, names))
-        picture.draw(state.history)
+        picture(trainer).draw(state.history)
         return state, logs
 
     def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
@@ -63,7 +69,13 @@ def plot_history(path: str | os.PathLike[str], *names: str, name: str = "plot_hi
         pictures.close(trainer)
         return state, logs
 
-    return Callback(name=name, on_checkpoint=on_checkpoint, on_train_end=on_train_end, on_exception=on_exception)
+    return Callback(
+        name=name,
+        on_train_begin=on_train_begin,
+        on_checkpoint=on_checkpoint,
+        on_train_end=on_train_end,
+        on_exception=on_exception,
+    )
 
 
 class _Picture:

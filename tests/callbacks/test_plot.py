@@ -2,6 +2,7 @@
 
 import pathlib
 import threading
+from typing import Any
 
 import pytest
 from problems import batches, host, trainer
@@ -51,3 +52,15 @@ def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
         ImportError, match=r'plot_history: .* matplotlib is not installed; pip install "ant_jax\[plot\]"'
     ):
         ant.callbacks.plot_history("history.png")
+
+
+def test_a_run_inside_another_ones_first_epoch_draws_a_picture_of_its_own(tmp_path):
+    def on_epoch_begin(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        if trainer.num_epochs == 2 and epoch == 0:  # before the outer run has drawn anything
+            trainer.fit(state, batches(2), 1)
+        return state, logs
+
+    inner = host("inner", on_epoch_begin=on_epoch_begin)
+    a_trainer = trainer(ant.callbacks.plot_history(tmp_path / "history.png"), inner)
+    a_trainer.fit(a_trainer.init(batches()[0]), batches(2), 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"history.png", "history-2.png"}
