@@ -27,7 +27,7 @@ def to_python(value: Any) -> Any:
 
 
 class _Row:
-    """The logs of one epoch, turned into Python numbers once, when somebody first reads them."""
+    """The logs of one epoch, turned into Python numbers when they are first read."""
 
     __slots__ = ("_values",)
 

@@ -214,15 +214,15 @@ class _Entry(NamedTuple):
 class Unpacked(Mapping[str, Any]):
     """Logs on the host, as device arrays; a log that the batch lacks is NaN (0, for an integer).
 
-    What a program has not returned one by one is taken out of the packed logs when it is read, because that takes
-    0.1 ms, and there may be hundreds.
+    What a program has not returned one by one is taken out of the packed logs when it is read, because each is a launch
+    of its own, and there may be hundreds.
 
     Args:
-        values: by name.
+        values: by name; not copied, because every launch makes such logs.
     """
 
-    def __init__(self, values: Mapping[str, Any]):
-        self._values = dict(values)
+    def __init__(self, values: dict[str, Any]):
+        self._values = values
 
     def __getitem__(self, name: str) -> Any:
         value = self._values[name]
@@ -240,7 +240,7 @@ class Unpacked(Mapping[str, Any]):
         return name in self._values
 
     def on_host(self) -> dict[str, Any]:
-        """Return the values, those that nothing has read yet as numpy arrays; this waits for the device."""
+        """Return the values, and copy the packed ones to the host together, which waits for the device."""
         return {name: value.on_host() if isinstance(value, _Entry) else value for name, value in self._values.items()}
 
     def selected(self, names: Mapping[str, str]) -> Unpacked:
@@ -251,9 +251,9 @@ class Unpacked(Mapping[str, Any]):
         """
         return Unpacked({new: self._values[old] for new, old in names.items()})
 
-    def unread(self) -> dict[str, Any]:
+    def unread(self) -> Mapping[str, Any]:
         """Return what makes equal logs, without reading them."""
-        return dict(self._values)
+        return self._values
 
 
 def unpacked(

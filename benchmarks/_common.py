@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -19,6 +20,7 @@ import optax
 from flax import linen as nn
 
 import ant_jax as ant
+from benchmarks.compare.targets import quartiles
 
 
 T = TypeVar("T")
@@ -53,6 +55,27 @@ def timed(function: Callable[[], T]) -> tuple[float, T]:
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
+
+
+def in_turn(run: Callable[[str], float], rounds: int, discarded: int) -> dict[str, list[float]]:
+    """Measure the sides "with" and "without" in turn, each first in every other round.
+
+    Args:
+        run: measures a side.
+        rounds: to keep.
+        discarded: rounds before them.
+    """
+    times: dict[str, list[float]] = {"with": [], "without": []}
+    for number in range(rounds + discarded):
+        for side in list(times)[:: 1 if number % 2 else -1]:
+            times[side].append(run(side))
+    return {side: values[discarded:] for side, values in times.items()}
+
+
+def ratio_of(times: dict[str, list[float]]) -> tuple[float, tuple[float, float]]:
+    """Return the median over the rounds of "with" by "without", and the quartiles."""
+    ratios = [a / b for a, b in zip(times["with"], times["without"], strict=True)]
+    return statistics.median(ratios), quartiles(ratios)
 
 
 def machine(*packages: str) -> dict[str, Any]:

@@ -18,8 +18,7 @@ import numpy as np
 import optax
 
 import ant_jax as ant
-from benchmarks._common import machine, write
-from benchmarks.compare.targets import quartiles
+from benchmarks._common import in_turn, machine, ratio_of, write
 
 
 TARGET = 1.5
@@ -48,14 +47,10 @@ def main() -> None:
     parser.add_argument("--json", help="also write the results to this file")
     options = parser.parse_args()
     where = machine()
-    times: dict[str, list[float]] = {"with": [], "without": []}
-    for number in range(options.rounds + 1):
-        for side in list(times)[:: 1 if number % 2 else -1]:
-            callbacks = [ant.callbacks.gradient_statistics()] if side == "with" else []
-            times[side].append(first_fit(options.parameters, *callbacks))
-    times = {side: values[1:] for side, values in times.items()}  # without what a process does once
-    ratios = [a / b for a, b in zip(times["with"], times["without"], strict=True)]
-    ratio, (low, high) = statistics.median(ratios), quartiles(ratios)
+    callbacks = {"with": [ant.callbacks.gradient_statistics()], "without": []}
+    # The first round has what a process does once.
+    times = in_turn(lambda side: first_fit(options.parameters, *callbacks[side]), options.rounds, discarded=1)
+    ratio, (low, high) = ratio_of(times)
     print(
         f"gradient_statistics on {options.parameters} parameters: {ratio:.2f}x (quartiles {low:.2f}, {high:.2f}), "
         f"target {TARGET}x {'met' if ratio <= TARGET else 'MISSED'}; {statistics.median(times['with']):.2f} s / "

@@ -15,8 +15,7 @@ import statistics
 import jax
 
 import ant_jax as ant
-from benchmarks._common import BATCH, data, machine, mlp_trainer, timed, write
-from benchmarks.compare.targets import quartiles
+from benchmarks._common import BATCH, data, in_turn, machine, mlp_trainer, ratio_of, timed, write
 
 
 EPOCHS, STEPS, TARGET = 80, 400, 1.01
@@ -32,20 +31,15 @@ def main() -> None:
     sides = {"with": mlp_trainer(idle), "without": mlp_trainer()}
     object.__setattr__(sides["with"], "_programs", sides["without"]._programs)
     loader = ant.ArrayLoader(data(STEPS, (64,)), BATCH, shuffle=False)
-    times: dict[str, list[float]] = {name: [] for name in sides}
 
-    def run(name: str) -> None:
+    def run(name: str) -> float:
         state = sides[name].init(tuple(array[:BATCH] for array in data(1, (64,))))
         # To the end of the last step: fit returns before the device is done, and not equally long before on both sides.
         seconds, _ = timed(lambda: jax.block_until_ready(sides[name].fit(state, loader, EPOCHS)[0].params))
-        times[name].append(1e6 * seconds / (EPOCHS * STEPS))
+        return 1e6 * seconds / (EPOCHS * STEPS)
 
-    for number in range(options.rounds + 2):
-        for name in list(sides)[:: 1 if number % 2 else -1]:
-            run(name)
-    times = {name: values[2:] for name, values in times.items()}  # without compilation
-    ratios = [a / b for a, b in zip(times["with"], times["without"], strict=True)]
-    ratio, (low, high) = statistics.median(ratios), quartiles(ratios)
+    times = in_turn(run, options.rounds, discarded=2)  # which compile
+    ratio, (low, high) = ratio_of(times)
     print(
         f"a host callback every 100 batches: {ratio:.4f}x (quartiles {low:.4f}, {high:.4f}), target {TARGET}x "
         f"{'met' if ratio <= TARGET else 'MISSED'}; {statistics.median(times['with']):.2f} us a step / "

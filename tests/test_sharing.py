@@ -327,7 +327,7 @@ SHOWING: dict[str, Callable[[Callable[[str], None], Clock, pathlib.Path], ant.Ca
 @pytest.mark.usefixtures("nothing_compiles")
 @pytest.mark.parametrize("name", SHOWING)
 def test_an_evaluation_in_a_hook_changes_nothing_of_what_is_shown(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("ant_jax._looks.LAUNCH_SECONDS", -1.0)  # who looks when the host has control looks always
+    monkeypatch.setattr("ant_jax._looks.LAUNCH_SECONDS", -1.0)  # so that a look of every=None ends after every launch
 
     def shown(evaluates: bool) -> list[str]:
         clock, lines, path = Clock(), list[str](), tmp_path / str(evaluates)
