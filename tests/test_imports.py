@@ -22,7 +22,7 @@ LAYERS = [
     },
     {"_linen", "_nnx"},
     {"_models"},
-    {"_state", "data"},
+    {"_arguments", "_state", "data"},
     {"_reader"},
     {"_branches", "_callback", "_feed", "_snapshot"},
     {"_checking"},
@@ -32,7 +32,7 @@ LAYERS = [
     {"_engine"},
     {"_beginning", "_looks", "_run"},
     {"_resume"},
-    {f"callbacks._{name}" for name in ("arguments", "averages", "background", "compile_time", "printing", "runs")},
+    {f"callbacks._{name}" for name in ("averages", "background", "compile_time", "printing", "runs")},
     {"callbacks._measures", "callbacks._records"},
     {f"callbacks._{name}" for name in (
         "batch_size", "checkpoint", "combinators", "files", "freeze", "gradients", "guards", "log_progress", "plot",
@@ -84,7 +84,7 @@ def test_a_module_imports_only_from_layers_below_its_own(name):
 
 
 FOR_CALLBACKS = {
-    "_branches", "_callback", "_finite", "_history", "_hyperparams", "_judging", "_logs", "_memories", "_objective",
+    "_arguments", "_branches", "_callback", "_finite", "_history", "_hyperparams", "_judging", "_logs", "_memories", "_objective",
     "_packing", "_seal", "_trees", "_windows",
 }  # fmt: skip
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ant_jax._arguments import check_choice, check_count, refuse
 from ant_jax._callback import Callback
-from ant_jax.callbacks._arguments import check_choice, check_count, refuse
 
 
 def batch_size_schedule(

@@ -9,9 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ant_jax._callback import Callback
-from ant_jax._seal import CheckpointError
-from ant_jax.callbacks._arguments import (
+from ant_jax._arguments import (
     check_choice,
     check_count,
     check_flag,
@@ -20,6 +18,8 @@ from ant_jax.callbacks._arguments import (
     check_path,
     check_positive,
 )
+from ant_jax._callback import Callback
+from ant_jax._seal import CheckpointError
 from ant_jax.callbacks._printing import print_beside_bars
 from ant_jax.callbacks._runs import PerRun
 

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ant_jax._arguments import check_function, refuse
 from ant_jax._callback import Callback
 from ant_jax._trees import named_leaves
-from ant_jax.callbacks._arguments import check_function, refuse
 
 
 def freeze(filter: str | Iterable[str] | Callable[[str], bool], *, name: str = "freeze") -> Callback:

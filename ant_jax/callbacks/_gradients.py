@@ -7,10 +7,10 @@ from typing import Any
 
 import optax
 
+from ant_jax._arguments import check_not_negative, check_positive, number
 from ant_jax._callback import Callback
 from ant_jax._hyperparams import Hyperparam
 from ant_jax._objective import transformed
-from ant_jax.callbacks._arguments import check_not_negative, check_positive, number
 
 
 def from_optax(transformation: optax.GradientTransformation, *, name: str = "from_optax") -> Callback:

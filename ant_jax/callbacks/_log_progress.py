@@ -10,10 +10,10 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from ant_jax._arguments import check_count, check_function
 from ant_jax._callback import Callback
 from ant_jax._history import to_python
 from ant_jax._windows import Window, joined
-from ant_jax.callbacks._arguments import check_count, check_function
 from ant_jax.callbacks._printing import print_beside_bars
 from ant_jax.callbacks._runs import PerRun
 

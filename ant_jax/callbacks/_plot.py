@@ -7,9 +7,9 @@ import pathlib
 import threading
 from typing import Any
 
+from ant_jax._arguments import check_name, check_path, refuse, require
 from ant_jax._callback import Callback
 from ant_jax._history import History
-from ant_jax.callbacks._arguments import check_name, check_path, refuse, require
 from ant_jax.callbacks._background import Writer, replacing
 from ant_jax.callbacks._runs import Claim, PerRun
 

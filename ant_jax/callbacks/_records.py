@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from ant_jax._arguments import check_count
 from ant_jax._callback import Callback
 from ant_jax._history import to_python
-from ant_jax.callbacks._arguments import check_count
 from ant_jax.callbacks._background import Writer
 from ant_jax.callbacks._runs import PerRun
 

@@ -10,10 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ant_jax._callback import Callback
-from ant_jax._hyperparams import HyperparamError
-from ant_jax._judging import is_number
-from ant_jax.callbacks._arguments import (
+from ant_jax._arguments import (
     check_choice,
     check_count,
     check_fraction,
@@ -22,6 +19,9 @@ from ant_jax.callbacks._arguments import (
     check_not_negative,
     refuse,
 )
+from ant_jax._callback import Callback
+from ant_jax._hyperparams import HyperparamError
+from ant_jax._judging import is_number
 
 
 def learning_rate_schedule(

@@ -12,11 +12,11 @@ import numpy as np
 import optax
 from jax import lax
 
+from ant_jax._arguments import check_flag
 from ant_jax._callback import Callback
 from ant_jax._logs import Logs
 from ant_jax._packing import entries_of, vector_of
 from ant_jax._trees import named_leaves
-from ant_jax.callbacks._arguments import check_flag
 
 
 # A histogram counts the elements whose magnitude is in [2**e, 2**(e + 1)), for e from the first of these to the last;

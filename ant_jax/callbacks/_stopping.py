@@ -10,9 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ant_jax._callback import Callback
-from ant_jax._hyperparams import Hyperparam
-from ant_jax.callbacks._arguments import (
+from ant_jax._arguments import (
     check_choice,
     check_count,
     check_finite,
@@ -23,6 +21,8 @@ from ant_jax.callbacks._arguments import (
     check_positive,
     number,
 )
+from ant_jax._callback import Callback
+from ant_jax._hyperparams import Hyperparam
 from ant_jax.callbacks._averages import evaluated_in, with_averages
 from ant_jax.callbacks._runs import PerRun
 

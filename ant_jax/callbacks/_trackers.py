@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ant_jax._arguments import check_name, check_path, refuse_taken, require
 from ant_jax._callback import Callback
-from ant_jax.callbacks._arguments import check_name, check_path, refuse_taken, require
 from ant_jax.callbacks._background import is_borne
 from ant_jax.callbacks._records import recording
 from ant_jax.callbacks._runs import Claim

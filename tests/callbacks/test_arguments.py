@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ant_jax as ant
-from ant_jax.callbacks._arguments import check_count, check_flag, check_function, check_path
+from ant_jax._arguments import check_count, check_flag, check_function, check_path
 
 
 library: Any = ant.callbacks
