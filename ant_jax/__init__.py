@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from ant_jax import _requirements as _requirements, callbacks as callbacks, metrics as metrics
+from ant_jax import _requirements as _requirements, callbacks as callbacks, metrics as metrics, writers as writers
 from ant_jax._callback import HOOKS as HOOKS, Callback as Callback
 from ant_jax._finite import NonFiniteError as NonFiniteError
 from ant_jax._history import History as History

@@ -25,6 +25,7 @@ from ant_jax._finite import NonFiniteError
 from ant_jax._history import History, to_python
 from ant_jax._loop import Loop, evaluate, refuse_other_data
 from ant_jax._models import PureModel, applied, initialized, pure_functions
+from ant_jax._resources import Resources
 from ant_jax._run import Costs, Run
 from ant_jax._state import TrainState, key_of_cycle, refuse_mismatch, strong
 from ant_jax._step import COMPUTE_DTYPES, STEP_LOGS, LossFn, Step, cast_floating, criterion_loss, general_loss
@@ -91,6 +92,10 @@ class Trainer:
             would compute on with them. It costs a pass over the data on the host.
         progress_bar: whether to show one; see :func:`ant_jax.callbacks.progress_bar`.
 
+    Attributes:
+        resources: for host hooks: what callbacks have open for the ``fit`` or the ``evaluate`` that is running, which
+            closes them when it ends; see :class:`ant_jax._resources.Resources`.
+
     Raises:
         TypeError: an argument of the wrong kind.
         ValueError: an argument out of range, a name used twice or a reserved one.
@@ -120,6 +125,7 @@ class Trainer:
     check_batches: bool = False
     progress_bar: bool = True
 
+    resources: Resources = dataclasses.field(init=False, repr=False)
     _model: PureModel = dataclasses.field(init=False, repr=False)
     _step: Step = dataclasses.field(init=False, repr=False)
     _events: Events = dataclasses.field(init=False, repr=False)
@@ -162,7 +168,7 @@ class Trainer:
 
         states = Beginning(self.optimizer, events, self.gradient_accumulation_steps, self.precision)
         derived = {"_model": model, "_step": step, "_events": events, "_states": states}
-        derived |= {"_programs": Programs(step, model, self.fuse)}
+        derived |= {"resources": Resources(), "_programs": Programs(step, model, self.fuse)}
         derived |= {"_outputs": jax.jit(outputs), "_gradients": jax.jit(gradients)}
         for attribute, value in derived.items():
             object.__setattr__(self, attribute, value)
@@ -170,7 +176,7 @@ class Trainer:
     def __copy__(self) -> Trainer:
         """Share all that is compiled."""
         twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
+        twin.__dict__.update(self.__dict__, resources=Resources())
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -487,9 +493,10 @@ class Trainer:
             return state, state.history
         else:
             state = state.replace(stop=False)
-        loop = self._loop(state, num_epochs, loaders)
+        loop, resources = self._loop(state, num_epochs, loaders)
         del state  # where nothing else refers to it, the run overwrites it instead of a copy
-        state = loop.run()
+        with resources:
+            state = loop.run()
         return state, state.history
 
     def _refuse_no_loader(self, loader: Any, name: str) -> None:
@@ -508,8 +515,12 @@ class Trainer:
                 "the accumulation window, and no batch is read to see whether one follows"
             )
 
-    def _loop(self, state: TrainState, num_epochs: int, loaders: Loaders) -> Loop:
-        """Make the loop for what is left of a run; of one that is over, for its end, which it may not have come to."""
+    def _loop(self, state: TrainState, num_epochs: int, loaders: Loaders) -> tuple[Loop, Resources]:
+        """Make the loop for what is left of a run; of one that is over, for its end, which it may not have come to.
+
+        Returns:
+            The loop, and what its callbacks will have open.
+        """
         over = state.epoch >= num_epochs or (state.stop and state.batch_idx == 0)
         if over:
             print_beside_bars(f"the run is over after epoch {state.epoch}; nothing is trained")
@@ -518,7 +529,7 @@ class Trainer:
         running, events = copy.copy(self), self._events.of_run()
         run = Run(num_epochs, loaders.steps_per_epoch or length_of(loaders.train), Costs(events.seconds))
         object.__setattr__(running, "_run", run)
-        return Loop(running, events, self._programs, state, loaders, run)
+        return Loop(running, events, self._programs, state, loaders, run), running.resources
 
     def _resumed(self, directory: str | os.PathLike[str], state: TrainState, train_loader: Any) -> TrainState:
         from ant_jax._resume import in_words, newest_sound, restored
@@ -557,7 +568,9 @@ class Trainer:
         else:
             _check_count("steps", steps)
         # A view of its own, by which callbacks tell it from the evaluations of a run in whose hook it may be.
-        _, logs = evaluate(copy.copy(self), self._events, self._programs, state, loader, "loader", steps)
+        view = copy.copy(self)
+        with view.resources:
+            _, logs = evaluate(view, self._events, self._programs, state, loader, "loader", steps)
         return {name: to_python(value) for name, value in logs.items()}
 
     def predict(self, state: TrainState, inputs: Any, *, batch_size: int = 256) -> Any:

@@ -91,6 +91,7 @@ CASES: dict[str, Case] = {
     ),
     "log_hyperparams": Case(lambda path: library.log_hyperparams("learning_rate"), injected),
     "log_progress": Case(lambda path: library.log_progress(2, printer=str, clock=stopped_clock)),
+    "log_to": Case(lambda path: library.log_to(ant.writers.JSONLinesWriter(path / "a.json"), every=4), looks=4),
     "memory": Case(lambda path: library.memory(reader=lambda device: {"bytes_in_use": 1, "peak_bytes_in_use": 2})),
     "mlflow": Case(lambda path: library.mlflow(tracking_uri=f"{path.parent}/mlflow", every=4), looks=4, twice=False),
     "plot_history": Case(lambda path: library.plot_history(path / "history.png")),

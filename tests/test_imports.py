@@ -14,7 +14,8 @@ PACKAGE = pathlib.Path(ant_jax.__file__).parent
 
 # Bottom to top: a module may import those above its own line.
 LAYERS = [
-    {"_broadcasts", "_finite", "_interrupt", "_memories", "_pace", "_requirements", "_seal", "_trees"},
+    {"_background", "_broadcasts", "_finite", "_interrupt", "_memories", "_pace", "_requirements", "_resources",
+     "_seal", "_trees", "writers._names", "writers._paths", "writers._values", "writers._writer"},
     {"_packing", "_windows"},
     {"_logs"},
     {
@@ -32,11 +33,14 @@ LAYERS = [
     {"_engine"},
     {"_beginning", "_looks", "_run"},
     {"_resume"},
-    {f"callbacks._{name}" for name in ("averages", "background", "compile_time", "printing", "runs")},
-    {"callbacks._measures", "callbacks._records"},
+    {"writers._open_runs", "writers._run_writer", "writers._tensorboard", "writers._text_file"},
+    {f"writers._{name}" for name in ("csv", "json_lines", "mlflow", "wandb")},
+    {"writers"},
+    {f"callbacks._{name}" for name in ("averages", "compile_time", "printing", "runs")},
+    {"callbacks._log_to", "callbacks._measures"},
     {f"callbacks._{name}" for name in (
-        "batch_size", "checkpoint", "combinators", "files", "freeze", "gradients", "guards", "log_progress", "plot",
-        "profiling", "progress_bar", "schedules", "statistics", "stopping", "trackers", "weights",
+        "batch_size", "checkpoint", "combinators", "freeze", "gradients", "guards", "log_progress", "logs", "plot",
+        "profiling", "progress_bar", "schedules", "statistics", "stopping", "weights",
     )},
     {"callbacks"},
     {"_loop"},
@@ -84,15 +88,16 @@ def test_a_module_imports_only_from_layers_below_its_own(name):
 
 
 FOR_CALLBACKS = {
-    "_arguments", "_branches", "_callback", "_finite", "_history", "_hyperparams", "_judging", "_logs", "_memories", "_objective",
-    "_packing", "_seal", "_trees", "_windows",
+    "_arguments", "_background", "_branches", "_callback", "_finite", "_history", "_hyperparams", "_judging", "_logs",
+    "_memories", "_objective", "_packing", "_resources", "_seal", "_trees", "_windows",
 }  # fmt: skip
 
 
-def test_callbacks_know_neither_trainer_nor_engine():
+def test_callbacks_and_writers_know_neither_trainer_nor_engine():
     for name, path in FILES.items():
-        if name.startswith("callbacks"):
-            assert all(i in FOR_CALLBACKS or i.startswith("callbacks.") for i in imported_by(path)), name
+        rooms = ("callbacks", "writers") if name.startswith("callbacks") else ("writers",)
+        if name.startswith(("callbacks", "writers")):
+            assert all(i in FOR_CALLBACKS or i.split(".")[0] in rooms for i in imported_by(path)), name
 
 
 def test_no_private_jax():

@@ -412,7 +412,7 @@ def test_the_file_of_another_trainer_is_left_alone_too(tmp_path, caplog):
 
     fit(trainer(library.csv_log(path), host("nests", on_epoch_end=on_epoch_end)))
     assert epochs_in(path) == [0, 1, 2]
-    assert f"csv_log: another run of this process is writing to {path}" in caplog.text
+    assert f"CSVWriter: another run of this process is writing to {path}" in caplog.text
     fit(inner, 1)
     assert epochs_in(path) == [0]
 

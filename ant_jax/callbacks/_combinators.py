@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ant_jax._arguments import check_count, check_function
+from ant_jax._background import bearing
 from ant_jax._branches import run_if
 from ant_jax._callback import (
     BATCH_HOOKS,
@@ -26,7 +27,6 @@ from ant_jax._callback import (
 from ant_jax._judging import judged
 from ant_jax._memories import Memories
 from ant_jax.callbacks._averages import evaluated_in
-from ant_jax.callbacks._background import bearing
 from ant_jax.callbacks._runs import PerRun
 
 

@@ -8,10 +8,11 @@ import threading
 from typing import Any
 
 from ant_jax._arguments import check_name, check_path, refuse, require
+from ant_jax._background import Queue
 from ant_jax._callback import Callback
 from ant_jax._history import History
-from ant_jax.callbacks._background import Writer, replacing
-from ant_jax.callbacks._runs import Claim, PerRun
+from ant_jax.callbacks._runs import PerRun
+from ant_jax.writers._paths import Claim, replacing
 
 
 _drawing = threading.Lock()  # matplotlib does not promise to draw in two threads at once
@@ -83,14 +84,14 @@ class _Picture:
 
     def __init__(self, path: pathlib.Path, names: tuple[str, ...]):
         self._claim = Claim("plot_history", os.fspath(path), path.suffix)
-        self._names, self._writer = names, Writer()
+        self._names, self._queue = names, Queue()
 
     def draw(self, history: History) -> None:
-        self._writer.replace(_draw, history, self._names, pathlib.Path(self._claim.path))
+        self._queue.replace(_draw, history, self._names, pathlib.Path(self._claim.path))
 
     def close(self) -> None:
         try:
-            self._writer.drain()
+            self._queue.drain()
         finally:
             self._claim.release()
 

@@ -22,6 +22,7 @@ from ant_jax.callbacks._runs import PerRun
 
 _logger = logging.getLogger("ant_jax")
 
+_tracing: set[Any] = set()  # the callbacks whose trace is under way
 _beginning = threading.Lock()
 
 
@@ -62,7 +63,7 @@ def profile(
         if state.epoch == epoch:
             traces.close(trainer)
             jax.block_until_ready(state.params)
-            _begin_trace(traces, trainer, os.fspath(directory))
+            traces.open(trainer, _Trace(traces, os.fspath(directory)))
         return state, logs
 
     def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
@@ -96,31 +97,32 @@ def profile(
     )
 
 
-def _begin_trace(traces: PerRun[_Trace], trainer: Any, directory: str) -> None:
-    with _beginning:
-        others = any(trace.under_way for trace in traces.values())  # JAX has one trace at a time
-        traces.open(trainer, _Trace(None if others else directory))
-
-
 class _Trace:
-    """JAX's trace of the steps of a run; none without a directory, which says so.
+    """JAX's trace of the steps of a run; none while another run of the callback is traced, which a warning says.
 
-    Attributes:
-        under_way: whether it goes on.
+    Args:
+        callback: a key of the callback, the same in all runs.
+        directory: where to write it.
     """
 
-    def __init__(self, directory: str | None):
-        self.under_way = directory is not None
-        if directory is None:
-            _logger.warning("profile: nothing was traced: another run of this trainer was traced at the time")
-        else:
-            jax.profiler.start_trace(directory)
+    def __init__(self, callback: Any, directory: str):
+        self._callback = callback
+        with _beginning:
+            self._under_way = callback not in _tracing
+            if self._under_way:
+                jax.profiler.start_trace(directory)
+                _tracing.add(callback)
+            else:
+                _logger.warning("profile: nothing was traced: another run of this trainer was traced at the time")
 
     def stop(self) -> None:
         """Stop it, if it has not been stopped."""
-        if self.under_way:
-            jax.profiler.stop_trace()
-            self.under_way = False
+        if self._under_way:
+            self._under_way = False
+            try:
+                jax.profiler.stop_trace()
+            finally:
+                _tracing.discard(self._callback)
 
 
 def profile_steps(

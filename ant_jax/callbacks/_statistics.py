@@ -17,11 +17,9 @@ from ant_jax._callback import Callback
 from ant_jax._logs import Logs
 from ant_jax._packing import entries_of, vector_of
 from ant_jax._trees import named_leaves
+from ant_jax.writers._values import HISTOGRAM_EXPONENTS
 
 
-# A histogram counts the elements whose magnitude is in [2**e, 2**(e + 1)), for e from the first of these to the last;
-# the first bin has all that are smaller, zeros included, and the last all that are larger or not finite.
-HISTOGRAM_EXPONENTS = range(-24, 8)
 # Elements of the largest parameter that is copied beside others of its size, to have their norms from one operation:
 # XLA takes milliseconds to compile one. To copy more would make the step slower.
 SMALL = 4096

@@ -63,7 +63,9 @@ def check_resume(
                 raise ValueError(f"check_resume: the run has no step {step!r}; its steps are {saved[0]} to {saved[-1]}")
             restored = trainer.restore(directory, step, like=state)
             place = f"step {step} (epoch {restored.epoch}, batch {restored.batch_idx})"
-            end = trainer._loop(restored, num_epochs, Loaders(train_loader, val_loader, steps_per_epoch)).run()
+            loop, resources = trainer._loop(restored, num_epochs, Loaders(train_loader, val_loader, steps_per_epoch))
+            with resources:
+                end = loop.run()
             differs = difference(whole, end)
             if differs:
                 raise ResumeFault(

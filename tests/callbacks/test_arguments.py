@@ -20,6 +20,12 @@ FLAGS = ("no", 3, None)
 COUNTS = (0, -1, 2.0, True, "3")
 NAMES = ("", 3)
 
+
+class Ignoring(ant.writers.Writer):
+    def write_scalars(self, step: int, scalars: Any, *, epoch: int) -> None:
+        pass
+
+
 # Factory, argument, a way to call it with a value for that argument, values that are not allowed.
 BAD: list[tuple[str, str, Callable[[Any], Any], tuple[Any, ...]]] = [
     ("adaptive_grad_clip", "clipping", lambda bad: library.adaptive_grad_clip(bad), (0, math.inf, "1")),
@@ -76,6 +82,9 @@ BAD: list[tuple[str, str, Callable[[Any], Any], tuple[Any, ...]]] = [
     ("learning_rate_schedule", "per", lambda bad: library.learning_rate_schedule(abs, per=bad), ("batch",)),
     ("learning_rate_schedule", "hyperparam", lambda bad: library.learning_rate_schedule(abs, hyperparam=bad), NAMES),
     ("log_hyperparams", "names[0]", lambda bad: library.log_hyperparams(bad), (*NAMES, None)),
+    ("log_to", "writer", lambda bad: library.log_to(bad), (3, "a.csv", ant.writers.CSVWriter)),
+    ("log_to", "every", lambda bad: library.log_to(Ignoring(), every=bad), COUNTS),
+    ("log_to", "epochs", lambda bad: library.log_to(Ignoring(), epochs=bad), FLAGS),
     ("log_progress", "every", lambda bad: library.log_progress(bad), COUNTS),
     ("log_progress", "printer", lambda bad: library.log_progress(printer=bad), FUNCTIONS),
     ("log_progress", "clock", lambda bad: library.log_progress(clock=bad), FUNCTIONS),
@@ -132,6 +141,14 @@ BAD: list[tuple[str, str, Callable[[Any], Any], tuple[Any, ...]]] = [
     ("when", "predicate", lambda bad: library.when(bad, library.centralize()), (*FUNCTIONS, lambda: 1)),
 ]
 
+# The factories that are log_to with a writer, which checks what it is given.
+WRITERS = {
+    "csv_log": "CSVWriter",
+    "json_log": "JSONLinesWriter",
+    "mlflow": "MLflowWriter",
+    "tensorboard": "TensorBoardWriter",
+    "wandb": "WandbWriter",
+}
 WITHOUT_ARGUMENTS = {"centralize", "gradient_norm", "terminate_on_nan", "zero_nans"}
 
 
@@ -155,7 +172,8 @@ def test_a_bad_argument_is_refused(factory, argument, call, value):
     assert argument in message
     assert repr(value) in message
     if factory != "chain":  # its error is about one of what it is made of
-        assert message.startswith(f"{factory}: ")
+        owners = {factory} if argument in ("every", "epochs") else {factory, WRITERS.get(factory, factory)}
+        assert message.partition(": ")[0] in owners
     assert re.search("must be|has no argument|expected|is not an ant_jax.Callback", message)
 
 
@@ -169,6 +187,7 @@ def test_a_bad_name_is_refused(factory):
         "from_optax": lambda name: library.from_optax(__import__("optax").centralize(), name=name),
         "learning_rate_schedule": lambda name: library.learning_rate_schedule(abs, name=name),
         "chain": lambda name: library.chain(library.centralize(), name=name),
+        "log_to": lambda name: library.log_to(Ignoring(), name=name),
         "swa": lambda name: library.swa(1, name=name),
         "stop_at": lambda name: library.stop_at(1.0, name=name),
         "time_limit": lambda name: library.time_limit(1.0, name=name),

@@ -1,9 +1,8 @@
-"""What callbacks that write share: a queue in the background for each, so that writing does not hold up the loop."""
+"""A queue in the background for everything that writes, so that writing does not hold up the loop."""
 
 from __future__ import annotations
 
 import contextlib
-import pathlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 
-# Tasks of one writer that may wait; who submits one more waits until there is room.
+# Tasks of one queue that may wait; who submits one more waits until there is room.
 MOST_WAITING = 1000
 
 # Who is told of the tasks that failed; ``None``: their failures are raised.
@@ -24,7 +23,7 @@ def bearing(bear: Callable[[Exception], bool]) -> Iterator[None]:
     """While the body runs, tell ``bear`` of every task that failed, instead of raising what it raised.
 
     Args:
-        bear: returns whether to go on; if not, what the writer has not begun is given up.
+        bear: returns whether to go on; if not, what the queue has not begun is given up.
     """
     token = _bear.set(bear)
     try:
@@ -38,11 +37,11 @@ def is_borne() -> bool:
     return _bear.get() is not None
 
 
-class Writer:
-    """One callback's queue: its tasks run in their order, in a thread of its own.
+class Queue:
+    """The tasks of one callback, which run in their order, in a thread of their own.
 
-    There is not one queue for all callbacks, because a tracker that waits for its server would then hold up everybody
-    else's files. The thread is started for the first task, and ends when the queue is drained or the process ends.
+    There is not one queue for all callbacks, because a tracker that waits for its server would then hold up the files
+    of others. The thread is started for the first task, and ends when the queue is drained or the process ends.
 
     A task that fails raises out of the next ``submit`` or ``drain``, that is, out of a hook of the callback whose task
     it was, or is told to who bears it (:func:`bearing`). The tasks after it run all the same.
@@ -124,15 +123,3 @@ class Writer:
     def _give_up(self) -> None:
         """Leave out what has not begun, and forget what is done; what is running is still waited for."""
         self._tasks = deque(task for task in self._tasks if not task.cancel() and not task.done())
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Give a path to write to; the file takes the place of ``path`` at once, or, after an exception, not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".new.{path.name}")  # with the suffix, which may say what to write
-    try:
-        yield beside
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

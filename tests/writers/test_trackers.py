@@ -1,5 +1,6 @@
 """Trackers, against the real packages: what was logged is read back."""
 
+import io
 import json
 import os
 import pathlib
@@ -12,7 +13,8 @@ import pytest
 from problems import batches, host, trainer
 
 import ant_jax as ant
-from ant_jax.callbacks._trackers import _mlflow_name, _Names
+from ant_jax.writers._mlflow import accepted
+from ant_jax.writers._names import UniqueNames
 
 
 def nested(log: ant.Callback) -> tuple[list[str], ant.TrainState]:
@@ -52,6 +54,45 @@ def test_tensorboard_reads_what_was_logged_and_forgets_what_is_done_again(tmp_pa
     assert [event.step for event in events.Scalars("val_loss")] == [4, 8, 12]
     read = [event.value for event in events.Scalars("train_loss")]
     np.testing.assert_allclose(read, whole.history.to_dict()["train_loss"], rtol=1e-6)
+
+
+def writing_all(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    gray = np.arange(4, dtype=np.uint8).reshape(2, 2, 1)
+    values: dict[str, Any] = {"images": {"digit": image, "gray": gray}, "texts": {"said": "seven"}}
+    ant.writers.write(trainer, state, histograms={"kernel": np.array([0.0, 1.0, 1.0, np.nan])}, **values)
+    return state, logs
+
+
+def test_tensorboard_reads_histograms_images_and_texts(tmp_path):
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    counting = ant.callbacks.gradient_statistics(histograms=True)
+    fit(counting, ant.callbacks.tensorboard(tmp_path), host("writes", on_epoch_end=writing_all), epochs=1)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()
+    counts = "train_grad_histogram/bias"
+    assert {"kernel", counts} <= set(tags["histograms"]) and set(tags["images"]) == {"digit", "gray"}
+    assert events.Histograms("kernel")[0].histogram_value.num == 3
+    counted = events.Histograms(counts)[0].histogram_value
+    assert counted.min == 2.0**-24 and counted.num == pytest.approx(3)
+    image = Image.open(io.BytesIO(events.Images("digit")[0].encoded_image_string))
+    assert np.asarray(image).ravel().tolist() == list(range(12))
+    assert tags["tensors"] == ["said"]
+    assert events.Tensors("said")[0].tensor_proto.string_val[0] == b"seven"
+
+
+def test_mlflow_has_images_and_texts(tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = str(tmp_path / "mlruns")
+    state = fit(ant.callbacks.mlflow(tracking_uri=uri), host("writes", on_epoch_end=writing_all), epochs=1)
+    client, run_id = MlflowClient(uri), state.callback_states["mlflow"]["run_id"]
+    assert {file.path for file in client.list_artifacts(run_id)} == {"images", "said"}
+    assert client.list_artifacts(run_id, "said")[0].path == "said/4.txt"
 
 
 def test_a_run_in_a_hook_has_an_mlflow_run_of_its_own(tmp_path, monkeypatch):
@@ -186,10 +227,10 @@ def test_mlflow_gives_every_log_a_metric_of_its_own_also_when_the_run_goes_on(tm
 
 @pytest.mark.parametrize("order", [("a", "a/b"), ("a/b", "a"), ("a[b]", "a(b)"), ("a/b", "a.b", "a")])
 def test_a_name_is_told_apart_in_the_same_way_whatever_comes_first_when_a_run_goes_on(order):
-    first = _Names(_mlflow_name, folders=False)
-    given = {log: [*first.given({log: 0.0})][0] for log in order}
-    again = _Names(_mlflow_name, given.values(), folders=False)
-    assert {log: [*again.given({log: 0.0})][0] for log in reversed(order)} == given
+    first = UniqueNames(accepted, folders=False)
+    given = {log: [*first.rename({log: 0.0})][0] for log in order}
+    again = UniqueNames(accepted, given.values(), folders=False)
+    assert {log: [*again.rename({log: 0.0})][0] for log in reversed(order)} == given
     assert len(set(given.values())) == len(order)
 
 
@@ -244,6 +285,13 @@ def test_wandb_reads_what_was_logged_and_a_run_goes_on(offline):
     rows = wandb_rows(offline)
     assert [row["_step"] for row in rows] == [2, 4, 6, 8]
     assert [row["val_loss"] for row in rows if "val_loss" in row] == whole.history.to_dict()["val_loss"]
+
+
+def test_wandb_has_histograms_images_and_texts(offline):
+    fit(ant.callbacks.wandb("digits"), host("writes", on_epoch_end=writing_all), epochs=1)
+    (row,) = wandb_rows(offline)
+    assert sum(row["kernel/values"]) == 3 and row["said"] == "seven"
+    assert row["digit/_type"] == row["gray/_type"] == "image-file"
 
 
 def test_wandb_gives_every_log_a_name_of_its_own(offline):

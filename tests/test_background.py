@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from ant_jax.callbacks._background import MOST_WAITING, Writer, bearing, replacing
+from ant_jax._background import MOST_WAITING, Queue, bearing
 
 
 def boom() -> None:
@@ -14,7 +14,7 @@ def boom() -> None:
 
 def test_tasks_of_a_writer_run_in_their_order():
     done: list[int] = []
-    writer = Writer()
+    writer = Queue()
     for i in range(100):
         writer.submit(done.append, i)
     writer.drain()
@@ -22,7 +22,7 @@ def test_tasks_of_a_writer_run_in_their_order():
 
 
 def test_a_writer_holds_up_no_other():
-    gate, slow, quick, done = threading.Event(), Writer(), Writer(), []
+    gate, slow, quick, done = threading.Event(), Queue(), Queue(), []
     for task in [gate.wait] + [int] * (MOST_WAITING - 1):  # there is no room for more
         slow.submit(task)
     quick.submit(done.append, 1)
@@ -33,7 +33,7 @@ def test_a_writer_holds_up_no_other():
 
 
 def test_a_thread_ends_when_its_writer_is_drained():
-    before, writers = threading.active_count(), [Writer() for _ in range(5)]
+    before, writers = threading.active_count(), [Queue() for _ in range(5)]
     for _ in range(3):
         for writer in writers:
             writer.submit(int)
@@ -43,7 +43,7 @@ def test_a_thread_ends_when_its_writer_is_drained():
 
 
 def test_who_bears_failures_is_told_of_every_one():
-    gate, writer, told = threading.Event(), Writer(), []
+    gate, writer, told = threading.Event(), Queue(), []
 
     def bear(error: Exception) -> bool:
         told.append(error)
@@ -63,7 +63,7 @@ def test_who_bears_failures_is_told_of_every_one():
 @pytest.mark.parametrize("by", ["submit", "drain"])
 def test_what_has_not_begun_is_left_out_when_who_bears_failures_gives_up(by, monkeypatch):
     told, done = [], []
-    begins, running, given_up, writer = threading.Event(), threading.Event(), threading.Event(), Writer()
+    begins, running, given_up, writer = threading.Event(), threading.Event(), threading.Event(), Queue()
     give_up = writer._give_up
     monkeypatch.setattr(writer, "_give_up", lambda: (give_up(), given_up.set()))
 
@@ -90,7 +90,7 @@ def test_what_has_not_begun_is_left_out_when_who_bears_failures_gives_up(by, mon
 
 
 def test_a_failure_belongs_to_its_writer_and_the_others_go_on():
-    gate, good, bad, done = threading.Event(), Writer(), Writer(), []
+    gate, good, bad, done = threading.Event(), Queue(), Queue(), []
     bad.submit(lambda: gate.wait() / 0)
     bad.submit(done.append, "bad")
     gate.set()
@@ -104,7 +104,7 @@ def test_a_failure_belongs_to_its_writer_and_the_others_go_on():
 
 
 def test_the_next_submit_tells_of_a_failure():
-    gate, writer, ran, done = threading.Event(), Writer(), threading.Event(), []
+    gate, writer, ran, done = threading.Event(), Queue(), threading.Event(), []
     writer.submit(lambda: gate.wait() / 0)
     writer.submit(ran.set)
     gate.set()
@@ -116,7 +116,7 @@ def test_the_next_submit_tells_of_a_failure():
 
 
 def test_a_task_replaces_the_one_before_it_that_has_not_begun():
-    gate, writer, done = threading.Event(), Writer(), []
+    gate, writer, done = threading.Event(), Queue(), []
     writer.submit(gate.wait)
     writer.submit(done.append, -1)
     for i in range(2 * MOST_WAITING):
@@ -127,7 +127,7 @@ def test_a_task_replaces_the_one_before_it_that_has_not_begun():
 
 
 def test_ctrl_c_gives_up_what_has_not_begun():
-    gate, writer, done = threading.Event(), Writer(), []
+    gate, writer, done = threading.Event(), Queue(), []
     writer.submit(gate.wait)
     writer.submit(done.append, 1)
     main = threading.main_thread().ident
@@ -141,19 +141,8 @@ def test_ctrl_c_gives_up_what_has_not_begun():
     assert done == [2]
 
 
-def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path):
-    path = tmp_path / "deep" / "file.txt"
-    with replacing(path) as beside:
-        beside.write_text("old")
-    with pytest.raises(ZeroDivisionError), replacing(path) as beside:
-        beside.write_text("half of the ne")
-        assert 1 / 0
-    assert path.read_text() == "old"
-    assert list(path.parent.iterdir()) == [path]
-
-
 def test_the_queue_is_bounded():
-    gate, writer = threading.Event(), Writer()
+    gate, writer = threading.Event(), Queue()
     writer.submit(gate.wait)
     for _ in range(MOST_WAITING - 1):
         writer.submit(int)

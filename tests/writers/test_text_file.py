@@ -15,10 +15,11 @@ import pytest
 from problems import batches, host, trainer
 
 import ant_jax as ant
+from ant_jax._background import Queue
 from ant_jax._callback import hooks_of
 from ant_jax._windows import Window
-from ant_jax.callbacks import _files, _records
-from ant_jax.callbacks._background import Writer
+from ant_jax.callbacks import _log_to
+from ant_jax.writers import CSVWriter, JSONLinesWriter, _text_file
 
 
 FACTORIES = {"csv": ant.callbacks.csv_log, "json": ant.callbacks.json_log}
@@ -208,10 +209,8 @@ def test_complex_logs_are_written_and_saved(tmp_path):
 
 def test_what_is_read_is_read_in_the_background(tmp_path, monkeypatch):
     threads: set[str] = set()
-    to_python, means = _records.to_python, Window.means
-    monkeypatch.setattr(
-        _records, "to_python", lambda v: (threads.add(threading.current_thread().name), to_python(v))[1]
-    )
+    to_python, means = _log_to.to_python, Window.means
+    monkeypatch.setattr(_log_to, "to_python", lambda v: (threads.add(threading.current_thread().name), to_python(v))[1])
     monkeypatch.setattr(Window, "means", lambda w: (threads.add(threading.current_thread().name), means(w))[1])
     fit(ant.callbacks.json_log(tmp_path / "log", every=2))
     assert threads == {"ant_jax-writer_0"}
@@ -232,7 +231,7 @@ def test_the_file_is_whole_after_an_exception(tmp_path):
 
 
 def test_a_failure_to_write_comes_out_of_the_hook_of_the_callback_that_failed(tmp_path, monkeypatch):
-    monkeypatch.setattr("ant_jax.callbacks._files._Lines.write", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(JSONLinesWriter, "flush", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
         fit(ant.callbacks.csv_log(tmp_path / "a"), ant.callbacks.json_log(tmp_path / "b"), epochs=5)
     assert any("of callback 'json_log'" in note for note in caught.value.__notes__)
@@ -240,7 +239,7 @@ def test_a_failure_to_write_comes_out_of_the_hook_of_the_callback_that_failed(tm
 
 
 def test_a_failure_may_be_tolerated(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("ant_jax.callbacks._files._Lines.write", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(JSONLinesWriter, "flush", lambda *arguments: 1 / 0)
     state = fit(ant.callbacks.tolerate(ant.callbacks.json_log(tmp_path / "b"), failures=2), epochs=5)
     assert state.epoch == 5
     assert "callback 'json_log' failed in" in caplog.text
@@ -249,8 +248,8 @@ def test_a_failure_may_be_tolerated(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize("kind", FACTORIES)
 def test_a_failure_that_is_tolerated_costs_no_other_row(kind, tmp_path, monkeypatch):
     failures = iter([None, OSError("on purpose")])
-    for sink in (_files._Lines, _files._Table):
-        write = sink.write
+    for writer in (CSVWriter, JSONLinesWriter):
+        write = writer._write
 
         def write_or_fail(*arguments: Any, write: Any = write) -> None:
             failure = next(failures, None)
@@ -258,7 +257,7 @@ def test_a_failure_that_is_tolerated_costs_no_other_row(kind, tmp_path, monkeypa
                 raise failure
             write(*arguments)
 
-        monkeypatch.setattr(sink, "write", write_or_fail)
+        monkeypatch.setattr(writer, "_write", write_or_fail)
     path = tmp_path / f"log.{kind}"
     fit(ant.callbacks.tolerate(FACTORIES[kind](path)), epochs=4)
     assert [row["epoch"] for row in rows_of(path)] == [0, 2, 3]
@@ -272,23 +271,23 @@ def test_a_column_that_cannot_be_added_costs_no_other_row(tmp_path, monkeypatch)
     def publish(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         if epoch == 1:
             assert written.wait(timeout=60)  # the row of epoch 0 may be being written
-            monkeypatch.setattr(_files, "replacing", fail_once)
+            monkeypatch.setattr(_text_file, "replacing", fail_once)
         return state, {**logs, "late": 1.0} if epoch else logs
 
-    written, write = threading.Event(), _files._Table.write
+    written, write = threading.Event(), CSVWriter._write
 
     def write_and_tell(*arguments: Any) -> None:
         write(*arguments)
         written.set()
 
     path = tmp_path / "log.csv"
-    monkeypatch.setattr(_files._Table, "write", write_and_tell)
+    monkeypatch.setattr(CSVWriter, "_write", write_and_tell)
     fit(host("publish", on_epoch_end=publish), ant.callbacks.tolerate(ant.callbacks.csv_log(path)), epochs=4)
     assert [(row["epoch"], "late" in row) for row in rows_of(path)] == [(0, False), (2, True), (3, True)]
 
 
 def test_every_row_that_fails_is_a_failure_and_after_too_many_the_rest_is_left_out(tmp_path, monkeypatch, caplog):
-    trained, given_up, tried, give_up = threading.Event(), threading.Event(), [], Writer._give_up
+    trained, given_up, tried, give_up = threading.Event(), threading.Event(), [], Queue._give_up
 
     def write(*arguments: Any) -> None:
         trained.wait(timeout=60)
@@ -301,8 +300,8 @@ def test_every_row_that_fails_is_a_failure_and_after_too_many_the_rest_is_left_o
         trained.set()
         return state, logs
 
-    monkeypatch.setattr(_files._Lines, "write", write)
-    monkeypatch.setattr(Writer, "_give_up", lambda writer: (give_up(writer), given_up.set()))
+    monkeypatch.setattr(JSONLinesWriter, "_write", write)
+    monkeypatch.setattr(Queue, "_give_up", lambda writer: (give_up(writer), given_up.set()))
     log = ant.callbacks.tolerate(ant.callbacks.json_log(tmp_path / "log", every=1), failures=2)
     fit(host("end", on_train_end=train_end), log, epochs=10)  # 60 rows, none of which is written while it trains
     said = [record.getMessage().split(": ")[0] for record in caplog.records if record.name == "ant_jax"]
@@ -316,15 +315,15 @@ def test_every_row_that_fails_is_a_failure_and_after_too_many_the_rest_is_left_o
 def test_a_callback_that_cannot_write_holds_up_no_other(tmp_path, monkeypatch):
     """Rows of the table are written while the first line is not: the line waits for all of them."""
     in_time: list[bool] = []
-    monkeypatch.setattr(_files._Lines, "write", lambda *arguments: in_time.append(written.wait(timeout=20)))
-    written, write = threading.Event(), _files._Table.write
+    monkeypatch.setattr(JSONLinesWriter, "_write", lambda *arguments: in_time.append(written.wait(timeout=20)))
+    written, write = threading.Event(), CSVWriter._write
 
     def write_and_tell(*arguments: Any) -> None:
         write(*arguments)
         if len(rows_of(tmp_path / "log.csv")) == 3:
             written.set()
 
-    monkeypatch.setattr(_files._Table, "write", write_and_tell)
+    monkeypatch.setattr(CSVWriter, "_write", write_and_tell)
     fit(ant.callbacks.json_log(tmp_path / "log"), ant.callbacks.csv_log(tmp_path / "log.csv"))
     assert in_time == 3 * [True]
 
@@ -352,12 +351,12 @@ def test_refuses(kind, every):
         FACTORIES[kind]("log", every=every)
 
 
-@pytest.mark.parametrize("kind", ["csv_log", "json_log"])
+@pytest.mark.parametrize(("kind", "writer"), [("csv", "CSVWriter"), ("json", "JSONLinesWriter")])
 @pytest.mark.parametrize("column", ["epoch", "step"])
-def test_a_log_with_the_name_of_a_column_is_refused(kind, column, tmp_path):
+def test_a_log_with_the_name_of_a_column_is_refused(kind, writer, column, tmp_path):
     def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
         return state, {**logs, column: 7}
 
     publishing = ant.Callback(name="publishing", on_epoch_end=on_epoch_end)
-    with pytest.raises(ValueError, match=f"{kind}: a callback published a log named '{column}'"):
-        fit(publishing, getattr(ant.callbacks, kind)(tmp_path / "log"))
+    with pytest.raises(ValueError, match=f"{writer}: a callback published a log named '{column}'"):
+        fit(publishing, FACTORIES[kind](tmp_path / "log"))

@@ -1,0 +1,96 @@
+"""The callback that feeds writers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ant_jax._arguments import check_count, check_flag
+from ant_jax._callback import Callback
+from ant_jax._history import to_python
+from ant_jax.callbacks._runs import PerRun
+from ant_jax.writers._run_writer import RunWriter, record_of
+from ant_jax.writers._writer import Writer
+
+
+def log_to(writer: Writer, *, every: int | None = None, epochs: bool = True, name: str | None = None) -> Callback:
+    """Write the logs with a writer: a record an epoch, and one every so many batches.
+
+    On the host; the logs are read and written in the background. The callback changes neither state nor logs. With
+    ``every``, where a callback listed before this one raises in ``on_batch_end``, this one does not see the batch, so a
+    run that goes on from the exception's ``train_state`` has no record of it.
+
+    Args:
+        writer: of :mod:`ant_jax.writers`, or of your own; see :class:`ant_jax.writers.Writer`.
+        every: also a record of the means over every so many batches; ``None``: epochs only.
+        epochs: whether to write a record of ``on_epoch_end``'s logs at every epoch.
+        name: of the callback; ``None``: that of the writer's class. It has a memory, ``{"run_id": str}``, only where
+            the writer ``has_runs``; the id is ``None`` before the run begins.
+
+    Returns:
+        A host callback.
+
+    Raises:
+        TypeError: ``writer`` is not a writer.
+        ValueError: ``every`` is below 1, or ``epochs`` not a bool.
+
+    >>> from ant_jax.writers import CSVWriter
+    >>> log_to(CSVWriter("runs/digits.csv"))
+    Callback(name='CSVWriter', hooks=on_train_begin, on_epoch_end, on_train_end, on_exception)
+    """
+    if not isinstance(writer, Writer):
+        raise TypeError(f"log_to: writer must be an ant_jax.writers.Writer, got {writer!r}")
+    named = type(writer).__name__ if name is None else name
+    owner = "log_to" if name is None else name
+    every = check_count(owner, "every", every, unit="batches", optional=True)
+    check_flag(owner, "epochs", epochs)
+    runs: PerRun[RunWriter] = PerRun(RunWriter.end)
+
+    def begin(trainer: Any, state: Any, unwritten: int = 0) -> tuple[RunWriter, Any]:
+        """Open the writer for a run; returns it, and the state with the id of the tracker's run."""
+        runs.close(trainer)
+        memory = state.callback_states[named] if writer.has_runs else {"run_id": None}
+        run = runs.open(trainer, RunWriter(writer, state, memory["run_id"], unwritten))
+        return run, state.with_callback_state(named, {"run_id": run.writer.run_id}) if writer.has_runs else state
+
+    def opened(trainer: Any, state: Any, unwritten: int = 0) -> tuple[RunWriter, Any]:
+        """Open it now where that failed and was tolerated, or where its opening hook was left out."""
+        run = runs.of(trainer)
+        return begin(trainer, state, unwritten) if run is None else (run, state)
+
+    def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
+        _, state = begin(trainer, state)
+        return state, logs
+
+    def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        run, state = opened(trainer, state, unwritten=1)
+        step = run.step(int(batch_idx) + 1, state)
+        run.submit(lambda: record_of(logs.window.means()), state.epoch, step)
+        return state, logs
+
+    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        run, state = opened(trainer, state)
+        epoch, step = int(epoch), run.end_epoch(state)  # by hand it may be an array
+        if epochs:
+            run.submit(lambda: record_of({log: to_python(logs[log]) for log in logs}), epoch, step)
+        return state, logs
+
+    def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
+        runs.close(trainer)
+        return state, logs
+
+    def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
+        run = runs.take(trainer)
+        if run is not None:
+            run.end(exception)
+        return state, logs
+
+    looks: dict[str, Any] = {} if every is None else {"every": every, "on_batch_end": on_batch_end}
+    return Callback(
+        name=named,
+        init=(lambda state: {"run_id": None}) if writer.has_runs else None,
+        on_train_begin=on_train_begin,
+        on_epoch_end=on_epoch_end,
+        on_train_end=on_train_end,
+        on_exception=on_exception,
+        **looks,
+    )
