@@ -10,6 +10,7 @@ from ant_jax._hyperparams import Hyperparam as Hyperparam, HyperparamError as Hy
 from ant_jax._judging import CallbackReturnError as CallbackReturnError
 from ant_jax._logs import Logs as Logs
 from ant_jax._models import PureModel as PureModel, pure_functions as pure_functions
+from ant_jax._precision import Precision as Precision
 from ant_jax._seal import CheckpointCorrupt as CheckpointCorrupt, CheckpointError as CheckpointError
 from ant_jax._state import StateMismatch as StateMismatch, TrainState as TrainState
 from ant_jax._trainer import Trainer as Trainer

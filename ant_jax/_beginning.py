@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax.training.dynamic_scale import DynamicScale
 
 from ant_jax import _hyperparams
 from ant_jax._engine import form_of
 from ant_jax._events import Events, initial_memories
 from ant_jax._live import DevicePart, device_part
+from ant_jax._precision import Precision
 from ant_jax._state import Accumulator, HostFields, StateMismatch, TrainState, refuse_mismatch, strong
 from ant_jax._trees import PyTree, describe, describe_tree, named_leaves
 
@@ -27,13 +27,13 @@ class Beginning:
         optimizer: whose state they have.
         events: whose callbacks' memories they have.
         accumulation_steps: batches in a window; with more than one, states have room for its gradients.
-        precision: with ``"float16"`` they have a loss scale.
+        precision: whose loss scale they have.
     """
 
     optimizer: optax.GradientTransformation
     events: Events
     accumulation_steps: int
-    precision: str
+    precision: Precision
     _known: set[Any] = dataclasses.field(init=False, repr=False, default_factory=set)
 
     def state(self, params: PyTree, model_state: PyTree, key: jax.Array) -> TrainState:
@@ -64,7 +64,7 @@ class Beginning:
             opt_state=jax.tree.map(strong, self._optimizer_state(params)),
             key=key,
             accumulator=self._empty_window(params),
-            loss_scale=self._initial_scale(),
+            loss_scale=self.precision.initial_loss_scale(),
             log_sums=None,
             callback_states={},
             stop=False,
@@ -95,7 +95,7 @@ class Beginning:
         refuse_mismatch("opt_state", optimizer_state, state.opt_state, "this trainer's optimizer")
         window = jax.eval_shape(self._empty_window, state.params)
         refuse_mismatch("accumulator", window, state.accumulator, "this trainer's gradient_accumulation_steps")
-        refuse_mismatch("loss_scale", self._initial_scale(), state.loss_scale, "this trainer's precision")
+        refuse_mismatch("loss_scale", self.precision.initial_loss_scale(), state.loss_scale, "this trainer's precision")
         memories = initial_memories(self.events.callbacks, state.replace(callback_states={}))
         if memories.keys() != state.callback_states.keys():
             raise StateMismatch(
@@ -116,12 +116,6 @@ class Beginning:
             return None
         zeros = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.promote_types(param.dtype, jnp.float32)), params)
         return Accumulator(zeros, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), float))
-
-    def _initial_scale(self) -> DynamicScale | None:
-        if self.precision != "float16":
-            return None
-        # Below 1 a scale no longer helps; without a floor it would fall to nothing when gradients are never finite.
-        return DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(2.0**16), minimum_scale=1.0)
 
 
 def _refuse_untrainable(params: PyTree) -> None:

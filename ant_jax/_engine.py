@@ -119,8 +119,8 @@ class TrainProgram:
         state, batch = _avals(part.state(key)), _avals(batch)
         # The one time that the step is traced: the programs below call `_step`, and meet the trace in jit's cache.
         traced = self._step.trace(state, batch, _aval(jnp.int32), _aval(jnp.bool_))
-        if step.compute_dtype is not None:
-            _notice_idle_precision(step.compute_dtype, traced.jaxpr)
+        if step.precision.compute_dtype is not None:
+            _notice_idle_precision(step.precision.compute_dtype, traced.jaxpr)
         self._traced, self._examples = traced, batch_size_of(batch)
         self._logs: PackedLogs = traced.out_info.logs
         self.may_stop = traced.out_info.stop is not None

@@ -21,6 +21,7 @@ from ant_jax._model_state import WRITTEN_PARAMS, with_form_of, without_written
 from ant_jax._models import PureModel, applied
 from ant_jax._objective import Objective, transformed
 from ant_jax._packing import PackedLogs, pack
+from ant_jax._precision import Precision, at_least
 from ant_jax._state import CYCLE, Accumulator, TrainState
 from ant_jax._trees import PyTree, describe, describe_tree
 from ant_jax.data import batch_size_of
@@ -32,8 +33,6 @@ LossFn = Callable[[Any, Any, Any, Any], tuple[Any, tuple[Any, Mapping[str, Any]]
 
 # Logs that the step itself writes; a metric cannot have one of these names.
 STEP_LOGS = ("batch_size", "loss", "step_skipped", "loss_scale")
-
-COMPUTE_DTYPES: Mapping[str, Any] = {"float32": None, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 class StepResult(NamedTuple):
@@ -62,7 +61,7 @@ class Step:
         accumulation_mean: ``"examples"`` or ``"steps"``; see ``Trainer``.
         max_grad_norm: global norm to clip to before the update, or ``None``.
         needs_pairs: whether batches must be ``(inputs, targets)``.
-        compute_dtype: the low precision that the loss is to compute in; ``None``: that of the parameters.
+        precision: that ``loss_fn`` computes in.
     """
 
     loss_fn: LossFn
@@ -72,7 +71,7 @@ class Step:
     accumulation_mean: str
     max_grad_norm: float | None
     needs_pairs: bool
-    compute_dtype: Any
+    precision: Precision
 
     def check_batch(self, batch: PyTree) -> None:
         """Raise TypeError if the loss cannot read this batch."""
@@ -277,16 +276,17 @@ def criterion_loss(
     model: PureModel,
     criterion: Callable[[Any, Any], Any],
     metrics: Mapping[str, Callable[[Any, Any], Any]],
-    precision: str,
+    precision: Precision,
 ) -> LossFn:
     """Make the general loss function of ``criterion(outputs, targets)``, on batches ``(inputs, targets)``."""
-    dtype = COMPUTE_DTYPES[precision]
 
     def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[Any, tuple[Any, dict[str, Any]]]:
         inputs, targets = batch
-        low_params, low_inputs = cast_floating((params, inputs), dtype)
+        low_params, low_inputs = precision.cast_to_compute(params), precision.cast_to_compute(inputs)
         outputs, new_state = applied(model, low_params, model_state, low_inputs, key)
-        outputs = jax.tree.map(_at_least_float32, outputs)
+        outputs = precision.cast_to_output(outputs)
+        if precision.output_dtype is None:
+            outputs = at_least(outputs, jnp.float32)
         size = batch_size_of(batch)
         loss = _reduced("criterion", criterion, outputs, targets, size, is_loss=True)
         logs = {name: _reduced(f"metric {name!r}", metric, outputs, targets, size) for name, metric in metrics.items()}
@@ -297,16 +297,16 @@ def criterion_loss(
     return loss_fn
 
 
-def general_loss(loss_fn: LossFn, precision: str) -> LossFn:
+def general_loss(loss_fn: LossFn, precision: Precision) -> LossFn:
     """Wrap a user's general loss function: its precision, and checks of what it returns.
 
     Its parameters are cast, and its batch is not, because targets must keep their digits, and in a batch of any form
     nothing tells targets from inputs.
     """
-    dtype = COMPUTE_DTYPES[precision]
+    dtype = precision.compute_dtype
 
     def checked_loss(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[Any, tuple[Any, dict[str, Any]]]:
-        low_params = cast_floating(params, dtype)
+        low_params = precision.cast_to_compute(params)
         result = loss_fn(low_params, model_state, batch, key)
         match result:
             case (loss, (new_state, Mapping() as logs)):
@@ -316,9 +316,9 @@ def general_loss(loss_fn: LossFn, precision: str) -> LossFn:
         if not is_number(loss) or jnp.shape(loss) != ():
             raise ValueError(f"loss_fn must return a scalar loss, the mean over the batch, got {describe(loss)}")
         _refuse_without_gradient("loss_fn", loss)
-        if dtype is not None and jnp.result_type(loss) == dtype:
+        if dtype is not None and jnp.finfo(dtype).bits < 32 and jnp.result_type(loss) == dtype:
             raise TypeError(
-                f"loss_fn computed its loss in {precision}, in which a mean has no more than three digits; turn what "
+                f"loss_fn computed its loss in {dtype.name}, in which a mean has no more than three digits; turn what "
                 f"the model returns into float32 before the loss, outputs.astype(jnp.float32)"
             )
         for name, value in logs.items():
@@ -337,16 +337,8 @@ def general_loss(loss_fn: LossFn, precision: str) -> LossFn:
     return checked_loss
 
 
-def cast_floating(tree: PyTree, dtype: Any) -> PyTree:
-    """Turn the floating leaves of ``tree`` into ``dtype``; ``None`` leaves everything as it is."""
-    if dtype is None:
-        return tree
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
-
-
 def _at_least_float32(leaf: chex.Array) -> chex.Array:
-    low = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
-    return leaf.astype(jnp.float32) if low else leaf
+    return at_least(leaf, jnp.float32)
 
 
 def _like(old: PyTree, new: PyTree) -> PyTree:

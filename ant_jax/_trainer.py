@@ -25,10 +25,11 @@ from ant_jax._finite import NonFiniteError
 from ant_jax._history import History, to_python
 from ant_jax._loop import Loop, evaluate, refuse_other_data
 from ant_jax._models import PureModel, applied, initialized, pure_functions
+from ant_jax._precision import Precision, precision_of
 from ant_jax._resources import Resources
 from ant_jax._run import Costs, Run
 from ant_jax._state import TrainState, key_of_cycle, refuse_mismatch, strong
-from ant_jax._step import COMPUTE_DTYPES, STEP_LOGS, LossFn, Step, cast_floating, criterion_loss, general_loss
+from ant_jax._step import STEP_LOGS, LossFn, Step, criterion_loss, general_loss
 from ant_jax._trees import PyTree, describe_tree
 from ant_jax.callbacks import progress_bar
 from ant_jax.callbacks._printing import print_beside_bars
@@ -80,8 +81,9 @@ class Trainer:
             ``gradient_accumulation_steps``, however many there were, which is what torch trainers that divide the loss
             do; it makes the last window's update of an epoch too small.
         max_grad_norm: clip the gradient to this global norm, after ``on_before_update`` and before the optimizer.
-        precision: of the model's arithmetic: ``"float32"``, ``"bfloat16"``, or ``"float16"`` with a dynamic loss scale
-            (then the logs have ``step_skipped`` and ``loss_scale``). Parameters, losses and gradients are float32.
+        precision: of the model's arithmetic: ``"float32"``, ``"bfloat16"``, ``"float16"`` with a dynamic loss scale
+            (then the logs have ``step_skipped`` and ``loss_scale``), or a :class:`Precision`. Parameters, losses and
+            gradients are float32.
             With a ``loss_fn`` only the parameters that it is given are in that precision: cast floating-point inputs
             where the model is applied, or it computes with them in float32, which a warning says where all of it does,
             and what it returns to float32, before the loss.
@@ -120,7 +122,7 @@ class Trainer:
     gradient_accumulation_steps: int = 1
     accumulation_mean: Literal["examples", "steps"] = "examples"
     max_grad_norm: float | None = None
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Precision | Literal["float32", "bfloat16", "float16"] = "float32"
     fuse: Fuse = "auto"
     check_batches: bool = False
     progress_bar: bool = True
@@ -141,11 +143,11 @@ class Trainer:
         if self.progress_bar and not any(callback.name == "progress_bar" for callback in callbacks):
             callbacks += (progress_bar(),)
         events = Events(callbacks, self)
-        model = pure_functions(self.model)
+        model, precision = pure_functions(self.model), precision_of(self.precision)
         if self.criterion is not None:
-            loss_fn = criterion_loss(model, self.criterion, self.metrics or {}, self.precision)
+            loss_fn = criterion_loss(model, self.criterion, self.metrics or {}, precision)
         else:
-            loss_fn = general_loss(cast(LossFn, self.loss_fn), self.precision)
+            loss_fn = general_loss(cast(LossFn, self.loss_fn), precision)
         step = Step(
             loss_fn=loss_fn,
             optimizer=self.optimizer,
@@ -154,19 +156,19 @@ class Trainer:
             accumulation_mean=self.accumulation_mean,
             max_grad_norm=self.max_grad_norm,
             needs_pairs=self.criterion is not None,
-            compute_dtype=COMPUTE_DTYPES[self.precision],
+            precision=precision,
         )
-        dtype = step.compute_dtype
 
         def outputs(params: Any, model_state: Any, inputs: Any) -> Any:
-            result, _ = applied(model, cast_floating(params, dtype), model_state, cast_floating(inputs, dtype), None)
-            return result if dtype is None else cast_floating(result, jnp.float32)
+            cast = precision.cast_to_compute
+            result, _ = applied(model, cast(params), model_state, cast(inputs), None)
+            return precision.cast_to_output(result)
 
         def gradients(state: TrainState, batch: Any) -> tuple[PyTree, dict[str, Any]]:
             _, grads, logs, _ = step.gradients(state.replace(key=key_of_cycle(state.key, state.cycle)), batch)
             return grads, logs
 
-        states = Beginning(self.optimizer, events, self.gradient_accumulation_steps, self.precision)
+        states = Beginning(self.optimizer, events, self.gradient_accumulation_steps, precision)
         derived = {"_model": model, "_step": step, "_events": events, "_states": states}
         derived |= {"resources": Resources(), "_programs": Programs(step, model, self.fuse)}
         derived |= {"_outputs": jax.jit(outputs), "_gradients": jax.jit(gradients)}
@@ -253,7 +255,8 @@ class Trainer:
         self._step.check_batch(batch)
         init_key, key = jax.random.split(jax.random.key(seed))
         params, model_state = _initial(self._model, init_key, inputs_of(batch), params, model_state)
-        return self._states.state(jax.tree.map(strong, params), jax.tree.map(strong, model_state), key)
+        params = self._step.precision.cast_to_param(jax.tree.map(strong, params))
+        return self._states.state(params, jax.tree.map(strong, model_state), key)
 
     def checkpointer(
         self,
@@ -582,7 +585,7 @@ class Trainer:
             batch_size: examples to run at a time.
 
         Returns:
-            The outputs for all examples, in float32 if the model computes in a lower precision.
+            The outputs for all examples, in float32 if the precision is ``"bfloat16"`` or ``"float16"``.
 
         Raises:
             ValueError: there are no examples.
@@ -732,10 +735,10 @@ def _check_arguments(trainer: Trainer) -> None:
             raise ValueError(f"a metric cannot be named {name!r}: the trainer logs its own value of that name")
         _check_function(f"metric {name!r}", "a function metric(outputs, targets)", metric)
     _check_count("gradient_accumulation_steps", trainer.gradient_accumulation_steps)
+    precision_of(trainer.precision)
     if trainer.max_grad_norm is not None and not _is_positive(trainer.max_grad_norm):
         raise ValueError(f"max_grad_norm must be positive or None, got {trainer.max_grad_norm!r}")
     for name, allowed in (
-        ("precision", tuple(COMPUTE_DTYPES)),
         ("accumulation_mean", ("examples", "steps")),
         ("fuse", ("auto", True, False)),
         ("check_batches", (True, False)),

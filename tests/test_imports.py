@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(ant_jax.__file__).parent
 LAYERS = [
     {"_background", "_broadcasts", "_finite", "_interrupt", "_memories", "_pace", "_requirements", "_resources",
      "_seal", "_trees", "writers._names", "writers._paths", "writers._values", "writers._writer"},
-    {"_packing", "_windows"},
+    {"_packing", "_precision", "_windows"},
     {"_logs"},
     {
         "_encoding", "_history", "_hyperparams", "_lock", "_objective", "_sums", "_model_state", "_modes", "metrics",

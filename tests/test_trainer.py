@@ -48,7 +48,7 @@ from ant_jax import StateMismatch
         (
             {"precision": "float64"},
             ValueError,
-            "precision must be one of 'float32', 'bfloat16', 'float16', got 'float64'",
+            "precision must be one of 'float32', 'bfloat16', 'float16', or an ant_jax.Precision, got 'float64'",
         ),
         ({"accumulation_mean": "batches"}, ValueError, "accumulation_mean must be one of 'examples', 'steps'"),
         ({"fuse": "never"}, ValueError, "fuse must be one of 'auto', True, False, got 'never'"),
