@@ -62,14 +62,14 @@ def changeable(opt_state: PyTree, callback_states: Mapping[str, Any]) -> dict[st
 
 def carried(opt_state: PyTree, like: PyTree) -> PyTree:
     """Return an optimizer state with the hyper-parameters of another one, but for those that a schedule sets."""
-    replaced = {(place.path, place.name): place.value for place in _walk(like, "", "") if not place.scheduled}
-    return _rewritten(opt_state, "", replaced) if replaced else opt_state
+    replaced = {(place.path, place.name): place.value for place in _walk(like, "") if not place.scheduled}
+    return _rewritten(opt_state, (), replaced) if replaced else opt_state
 
 
 def carried_in_memory(memory: Any, like: Any) -> Any:
     """The same for a callback's memory."""
-    replaced = {(place.path, place.name): place.value for place in _walk_memory(like, "", "") if not place.scheduled}
-    return _rewritten_memory(memory, "", replaced) if replaced else memory
+    replaced = {(place.path, place.name): place.value for place in _walk_memory(like, "") if not place.scheduled}
+    return _rewritten_memory(memory, (), replaced) if replaced else memory
 
 
 def written(
@@ -90,7 +90,7 @@ def written(
         HyperparamError: as ``TrainState.with_hyperparams`` says.
     """
     places = _places(opt_state, callback_states)
-    replaced: dict[str, dict[tuple[str, str], Any]] = {}
+    replaced: dict[str, dict[tuple[_Path, str], Any]] = {}
     for name, value in values.items():
         place = places[_resolved(name, places)]
         example = f"optax.inject_hyperparams(optax.adam)({place.name}=0.001)"
@@ -106,13 +106,16 @@ def written(
                 f"ant_jax.callbacks.learning_rate_schedule"
             )
         replaced.setdefault(place.owner, {})[place.path, place.name] = like(value, place.value)
-    optax_state = _rewritten(opt_state, "", replaced.pop("", {}))
-    changed = {owner: _rewritten_memory(callback_states[owner], "", new) for owner, new in replaced.items()}
+    optax_state = _rewritten(opt_state, (), replaced.pop("", {}))
+    changed = {owner: _rewritten_memory(callback_states[owner], (), new) for owner, new in replaced.items()}
     return optax_state, {**callback_states, **changed}
 
 
 def _is_whole(value: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(value), jnp.integer)
+
+
+_Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +131,7 @@ class _Place:
     """
 
     owner: str
-    path: str
+    path: _Path
     name: str
     value: Any
     scheduled: bool
@@ -136,12 +139,12 @@ class _Place:
 
 def _places(opt_state: PyTree, callback_states: Mapping[str, Any]) -> dict[str, _Place]:
     found: dict[str, _Place] = {}
-    walks = [_walk(opt_state, "", "")] + [_walk_memory(memory, name, "") for name, memory in callback_states.items()]
+    walks = [_walk(opt_state, "")] + [_walk_memory(memory, name) for name, memory in callback_states.items()]
     for places in map(list, walks):
         names = [place.name for place in places]
         for place in places:
-            within = "" if names.count(place.name) == 1 else place.path.strip("/")
-            found["/".join(part for part in (place.owner, within, place.name) if part)] = place
+            within = () if names.count(place.name) == 1 else place.path
+            found["/".join(part for part in (place.owner, *within, place.name) if part)] = place
     return found
 
 
@@ -162,26 +165,35 @@ def _resolved(name: str, places: Mapping[str, Any]) -> str:
     )
 
 
+_INJECTED = optax.InjectStatefulHyperparamsState
+
+
 def _injected(node: Any) -> bool:
-    return isinstance(node, optax.InjectStatefulHyperparamsState)
+    return isinstance(node, _INJECTED)
 
 
-def _walk(tree: PyTree, owner: str, path: str) -> Iterator[_Place]:
-    """The places in an optimizer's state."""
-    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_injected)
-    for keys, node in nodes:
-        if _injected(node):
-            here = path + jax.tree_util.keystr(keys, simple=True, separator="/")
-            scheduled = node.hyperparams_states
-            yield from (_Place(owner, here, name, value, name in scheduled) for name, value in node.hyperparams.items())
-            yield from _walk(node.inner_state, owner, f"{here}/")
+def _walk(tree: PyTree, owner: str, path: _Path = ()) -> Iterator[_Place]:
+    """Return the places in an optimizer's state."""
+    found = optax.tree_utils.tree_get_all_with_path(tree, _INJECTED.__name__, lambda keys, node: _injected(node))
+    for keys, node in found:
+        here, scheduled = (*path, *_names_of(keys)), node.hyperparams_states
+        yield from (_Place(owner, here, name, value, name in scheduled) for name, value in node.hyperparams.items())
 
 
-def _walk_memory(memory: Any, owner: str, path: str) -> Iterator[_Place]:
-    """The places in a callback's memory."""
+def _names_of(keys: Any) -> Iterator[str]:
+    """Return the names of a path's entries, without those of the states in between that optax makes."""
+    for key in keys:
+        if not isinstance(key, optax.tree_utils.NamedTupleKey):
+            yield jax.tree_util.keystr((key,), simple=True)
+        elif (key.tuple_name, key.name) != (_INJECTED.__name__, "inner_state"):
+            yield key.name
+
+
+def _walk_memory(memory: Any, owner: str, path: _Path = ()) -> Iterator[_Place]:
+    """Return the places in a callback's memory."""
     if isinstance(memory, Memories):
         for name, inner in memory.items():
-            yield from _walk_memory(inner, owner, f"{path}{name}/")
+            yield from _walk_memory(inner, owner, (*path, name))
     elif _has_own(memory):
         values = memory["hyperparams"].items()
         yield from (_Place(owner, path, name, value, scheduled=False) for name, value in values)
@@ -199,28 +211,32 @@ def _beside(memory: Mapping[str, Any]) -> dict[str, Any]:
     return {name: part for name, part in memory.items() if name != "hyperparams"}
 
 
-_Replaced = Mapping[tuple[str, str], Any]  # by the place's path and name
+_Replaced = Mapping[tuple[_Path, str], Any]  # by the place's path and name
 
 
-def _rewritten(tree: PyTree, path: str, replaced: _Replaced) -> PyTree:
+# Not `optax.tree_utils.tree_set`, because it changes nothing, and does not say so, where a mapping above the
+# hyper-parameter has a key of the same name (`optax.named_chain(("learning_rate", ...))`): it does not look into the
+# custom nodes, tuples and named tuples in there. It also turns such a mapping into a plain dict, which is another
+# structure if it was an OrderedDict.
+def _rewritten(tree: PyTree, path: _Path, replaced: _Replaced) -> PyTree:
     def rewrite(keys: Any, node: Any) -> Any:
         if not _injected(node):
             return node
-        here = path + jax.tree_util.keystr(keys, simple=True, separator="/")
-        inner_state = _rewritten(node.inner_state, f"{here}/", replaced)
+        here = (*path, *(jax.tree_util.keystr((key,), simple=True) for key in keys))
+        inner_state = _rewritten(node.inner_state, here, replaced)
         return node._replace(hyperparams=_changed(node.hyperparams, here, replaced), inner_state=inner_state)
 
     return jax.tree_util.tree_map_with_path(rewrite, tree, is_leaf=_injected)
 
 
-def _rewritten_memory(memory: Any, path: str, replaced: _Replaced) -> Any:
+def _rewritten_memory(memory: Any, path: _Path, replaced: _Replaced) -> Any:
     if isinstance(memory, Memories):
-        return Memories({n: _rewritten_memory(inner, f"{path}{n}/", replaced) for n, inner in memory.items()})
+        return Memories({n: _rewritten_memory(inner, (*path, n), replaced) for n, inner in memory.items()})
     if _has_own(memory):
         own = _changed(memory["hyperparams"], path, replaced)
         return {**_rewritten(_beside(memory), path, replaced), "hyperparams": own}
     return _rewritten(memory, path, replaced)
 
 
-def _changed(hyperparams: Mapping[str, Any], path: str, replaced: _Replaced) -> dict[str, Any]:
+def _changed(hyperparams: Mapping[str, Any], path: _Path, replaced: _Replaced) -> dict[str, Any]:
     return {name: replaced.get((path, name), value) for name, value in hyperparams.items()}

@@ -142,10 +142,16 @@ def test_it_keeps_every_promise(name, tmp_path):
     testing.check_callback(make, twice=case.twice, **case.options)
 
 
-@pytest.mark.usefixtures("offline")
-def test_all_go_together_and_each_publishes_logs_of_its_own(tmp_path, monkeypatch):
-    combinators = {"chain", "every", "tolerate", "when"}  # named like what they combine
-    names = [name for name in CASES if name.isidentifier() and name not in combinators | {"swa"}]
+COMBINATORS = {"chain", "every", "tolerate", "when"}  # named like what they combine
+DEFAULTS = [name for name in CASES if name.isidentifier() and name not in COMBINATORS]
+# The optimizer's, of the callback that changed it last.
+SHARED = {"learning_rate", "train_learning_rate"}
+
+
+def published_by(
+    monkeypatch: pytest.MonkeyPatch, callbacks: list[ant.Callback]
+) -> tuple[dict[str, set[str]], ant.History]:
+    """Train an epoch; return each log with the callbacks that have published it, and the history."""
     published: dict[str, set[str]] = {}
 
     def noted(callback: ant.Callback, name: str, function: Any, lead: Any, trainer: Any, given: Any, *rest: Any) -> Any:
@@ -156,15 +162,38 @@ def test_all_go_together_and_each_publishes_logs_of_its_own(tmp_path, monkeypatc
         return result
 
     call = _events._call
-    monkeypatch.setattr(_events, "_call", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(_events, "_call", noted)
+        a_trainer = trainer(*callbacks, **injected)
+        loader = ant.ArrayLoader(data(2 * BATCH), BATCH)
+        _, history = a_trainer.fit(a_trainer.init(batches()[0]), loader, 1, batches(1))
+    return published, history
+
+
+def made(name: str, path: pathlib.Path) -> ant.Callback:
     # Not the case of swa, which evaluates its average, as that of ema does.
-    a_trainer = trainer(*(CASES[name].make(tmp_path) for name in names), library.swa(1), **injected)
-    _, history = a_trainer.fit(a_trainer.init(batches()[0]), ant.ArrayLoader(data(2 * BATCH), BATCH), 1, batches(1))
-    shared = {log: owners for log, owners in published.items() if len(owners) > 1}
-    assert set(shared) <= {"learning_rate"}, shared  # the optimizer's, of whoever changed it last
-    assert published["grad_norm"] == {"grad_norm"}
-    assert published["gradient_statistics/grad_norm"] == {"gradient_statistics"}
+    return library.swa(1) if name == "swa" else CASES[name].make(path)
+
+
+@pytest.mark.usefixtures("offline")
+def test_all_go_together_and_any_two_have_names_and_logs_of_their_own(tmp_path, monkeypatch):
+    callbacks = {name: made(name, tmp_path) for name in DEFAULTS}
+    assert len({callback.name for callback in callbacks.values()}) == len(callbacks)
+    published, history = published_by(monkeypatch, [*callbacks.values()])
+    assert {log for log, owners in published.items() if len(owners) > 1} <= SHARED
     assert "train_grad_norm" in history[0] and "train_gradient_statistics/update_norm" in history[0]
+
+    publishing = set().union(*published.values())
+    alone: dict[str, set[str]] = {}
+    for name in DEFAULTS:
+        if callbacks[name].name in publishing:
+            alone[name] = set(published_by(monkeypatch, [made(name, tmp_path)])[0]) - SHARED
+    clashing = {pair for pair in itertools.permutations(alone, 2) if alone[pair[0]] & alone[pair[1]]}
+    assert clashing == set(itertools.permutations(("gradient_norm", "gradient_statistics")))
+    for pair in clashing:  # then one of the two publishes under other names
+        together, _ = published_by(monkeypatch, [made(name, tmp_path) for name in pair])
+        assert all(len(owners) == 1 for owners in together.values())
+        assert len(together) == sum(len(alone[name]) for name in pair)
 
 
 @dataclasses.dataclass

@@ -316,3 +316,23 @@ def test_the_memory_of_a_chain_on_the_host_is_saved_with_its_numbers(tmp_path):
     state = a_trainer.init(batches()[0]).with_hyperparams(threshold=0.25)
     a_trainer.save(tmp_path, state)
     assert a_trainer.restore(tmp_path).hyperparams == {"chain/threshold": 0.25}
+
+
+def test_a_mapping_in_the_optimizer_may_have_a_key_of_the_same_name():
+    parts = ("learning_rate", injected(learning_rate=0.5)), ("step_size", optax.inject_hyperparams(optax.scale)(2.0))
+    state = started(standard_promotion(optax.named_chain(*parts)))
+    assert values(state) == {"learning_rate": 0.5, "step_size": 2.0}
+    changed = state.with_hyperparams(learning_rate=0.25, step_size=4.0)
+    assert values(changed) == {"learning_rate": 0.25, "step_size": 4.0}
+    assert jax.tree.structure(changed.opt_state) == jax.tree.structure(state.opt_state)
+
+
+def test_numbers_of_an_optimizer_inside_of_another_one_have_the_names_of_their_places():
+    def outer(learning_rate: Any) -> optax.GradientTransformation:
+        inner = optax.chain(injected(learning_rate=0.5), optax.inject_hyperparams(optax.scale)(step_size=2.0))
+        return optax.chain(inner, optax.scale(learning_rate))
+
+    state = started(injected(outer, learning_rate=1.0))
+    assert values(state) == {"learning_rate": 1.0, "0/0/learning_rate": 0.5, "step_size": 2.0}
+    changed = state.with_hyperparams(**{"0/0/learning_rate": 0.25, "step_size": 4.0})
+    assert values(changed) == {"learning_rate": 1.0, "0/0/learning_rate": 0.25, "step_size": 4.0}
