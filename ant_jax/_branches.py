@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +14,7 @@ from ant_jax._trees import PyTree
 
 
 def run_if(
-    due: chex.Array, function: Callable[[], tuple[PyTree, Mapping[str, Any]]], otherwise: PyTree, logs: Logs
+    due: jax.Array, function: Callable[[], tuple[PyTree, Mapping[str, Any]]], otherwise: PyTree, logs: Logs
 ) -> tuple[Any, Logs]:
     """Run ``function`` where ``due``; a log that it would publish is NaN (0, for an integer) where it is not.
 
@@ -61,5 +60,5 @@ def run_if(
     return jax.tree.unflatten(structure, leaves), logs.changed_to(Logs({**logs, **values}, None, present, vectors))
 
 
-def _absent(like: jax.ShapeDtypeStruct) -> chex.Array:
+def _absent(like: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.full(like.shape, jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0, like.dtype)

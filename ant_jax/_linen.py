@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import chex
 import jax
 from flax import errors, linen
 
@@ -30,7 +29,7 @@ def from_linen(
     said = train is not None or evaluate is not None
     trained, evaluated = (model, model) if said else (_in_mode(model, True), _in_mode(model, False))
 
-    def init(key: chex.PRNGKey, inputs: Any) -> tuple[PyTree, PyTree]:
+    def init(key: jax.Array, inputs: Any) -> tuple[PyTree, PyTree]:
         variables = dict(modes.call(functools.partial(evaluated.init, key, inputs), train=False))
         return variables.pop("params", {}), variables
 
@@ -42,7 +41,7 @@ def from_linen(
             outputs, updates = modes.call(function, train=True)
         return outputs, updates, watch.active(variables, updates)
 
-    def apply(params: PyTree, model_state: Any, inputs: Any, key: chex.PRNGKey | None) -> tuple[PyTree, PyTree]:
+    def apply(params: PyTree, model_state: Any, inputs: Any, key: jax.Array | None) -> tuple[PyTree, PyTree]:
         variables = {"params": params, **model_state}
         if key is None:
             with _evaluation_explained():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import chex
+import jax
 
 from ant_jax._trees import PyTree, describe_tree
 
@@ -20,8 +20,8 @@ class PureModel(NamedTuple):
             evaluated.
     """
 
-    init: Callable[[chex.PRNGKey, Any], tuple[PyTree, PyTree]]
-    apply: Callable[[PyTree, PyTree, Any, chex.PRNGKey | None], tuple[PyTree, PyTree]]
+    init: Callable[[jax.Array, Any], tuple[PyTree, PyTree]]
+    apply: Callable[[PyTree, PyTree, Any, jax.Array | None], tuple[PyTree, PyTree]]
 
 
 def pure_functions(
@@ -96,7 +96,7 @@ def pure_functions(
     )
 
 
-def initialized(model: PureModel, call: Callable[..., Any], key: chex.PRNGKey, inputs: PyTree) -> tuple[PyTree, PyTree]:
+def initialized(model: PureModel, call: Callable[..., Any], key: jax.Array, inputs: PyTree) -> tuple[PyTree, PyTree]:
     """Return ``call(model.init, key, inputs)``; explain what fails, and what is not of the form it should be."""
     try:
         result = call(model.init, key, inputs)
@@ -114,7 +114,7 @@ def initialized(model: PureModel, call: Callable[..., Any], key: chex.PRNGKey, i
 
 
 def applied(
-    model: PureModel, params: PyTree, model_state: PyTree, inputs: PyTree, key: chex.PRNGKey | None
+    model: PureModel, params: PyTree, model_state: PyTree, inputs: PyTree, key: jax.Array | None
 ) -> tuple[PyTree, PyTree]:
     """Return ``model.apply(params, model_state, inputs, key)``; explain as ``initialized`` does."""
     try:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,11 +35,11 @@ def from_nnx(
     _, template, rng_state, rest_template = nnx.split(evaluated, *_PARTS, ...)
     restarted = _restart_of(rng_state)
 
-    def init(key: chex.PRNGKey, inputs: Any) -> tuple[PyTree, PyTree]:
+    def init(key: jax.Array, inputs: Any) -> tuple[PyTree, PyTree]:
         del key, inputs  # The module made its parameters itself.
         return _plain(template), _plain(rest_template)
 
-    def apply(params: PyTree, model_state: PyTree, inputs: Any, key: chex.PRNGKey | None) -> tuple[PyTree, PyTree]:
+    def apply(params: PyTree, model_state: PyTree, inputs: Any, key: jax.Array | None) -> tuple[PyTree, PyTree]:
         kept, _ = without_written(model_state)  # in a loop by hand the parameters have moved on since
         streams = _copied(rng_state) if key is None else restarted(key)
         states = _filled(template, params), streams, _filled(rest_template, kept)
@@ -155,7 +154,7 @@ def _filled(state: Any, values: PyTree) -> Any:
     return state
 
 
-def _restart_of(rng_state: Any) -> Callable[[chex.PRNGKey], Any]:
+def _restart_of(rng_state: Any) -> Callable[[jax.Array], Any]:
     """Make the function that starts every random stream from a key of its own, derived from one, and counts from zero.
 
     Streams that are split or forked have many keys in an array; those that are the same there stay the same.
@@ -163,7 +162,7 @@ def _restart_of(rng_state: Any) -> Callable[[chex.PRNGKey], Any]:
     leaves, treedef = jax.tree.flatten(rng_state)
     patterns = [_pattern_of(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else None for leaf in leaves]
 
-    def restarted(key: chex.PRNGKey) -> Any:
+    def restarted(key: jax.Array) -> Any:
         def begun(position: int) -> Any:
             pattern = patterns[position]
             if pattern is None:

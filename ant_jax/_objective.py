@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import chex
 import jax
 import optax
 from flax import struct
@@ -25,7 +24,7 @@ class Objective:
         grad_fn: ``grad_fn(params) -> gradients`` of it, unscaled; no hook runs.
     """
 
-    value: chex.Array
+    value: jax.Array
     grad: PyTree
     value_fn: Callable[..., Any] = struct.field(pytree_node=False)
     grad_fn: Callable[..., Any] = struct.field(pytree_node=False)

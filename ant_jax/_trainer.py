@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, cast
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -608,7 +607,7 @@ class Trainer:
         outputs = [outputs_of(slice(start, start + batch_size)) for start in range(0, examples, batch_size)]
         return outputs[0] if len(outputs) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 
-    def grad_step(self, state: TrainState, batch: Any) -> tuple[PyTree, dict[str, chex.Array]]:
+    def grad_step(self, state: TrainState, batch: Any) -> tuple[PyTree, dict[str, jax.Array]]:
         """Return the gradient of one batch, before any hook, and its loss and metrics; nothing is updated. Compiled.
 
         Args:
@@ -706,7 +705,7 @@ def _called_compiled(init: Callable[..., Any], *arguments: Any) -> Any:
     return compiled(*arguments) if compiled.trace(*arguments).jaxpr.eqns else init(*arguments)
 
 
-def _either(stop: bool | chex.Array, asked: chex.Array | None) -> bool | chex.Array:
+def _either(stop: Any, asked: jax.Array | None) -> bool | jax.Array:
     """Whether the run was or is asked to end; an array inside a function of the user's that is compiled."""
     if asked is None and not isinstance(stop, Tracer):
         return bool(stop)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 
-# Any pytree. Types of leaves are in the docstrings: chex.ArrayTree knows no dataclasses, such as optimizer states are.
+# Any pytree. Types of leaves are in the docstrings, because no type tells which nodes a pytree may have.
 PyTree: TypeAlias = Any
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 
 
-def accuracy(outputs: chex.Array, targets: chex.Array) -> chex.Array:
+def accuracy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     """Whether the class with the highest score is the right one.
 
     Args:
@@ -29,7 +28,7 @@ def accuracy(outputs: chex.Array, targets: chex.Array) -> chex.Array:
     return (jnp.argmax(outputs, axis=-1) == targets).astype(jnp.float32)
 
 
-def top_k_accuracy(k: int) -> Callable[[chex.Array, chex.Array], chex.Array]:
+def top_k_accuracy(k: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Make the metric: whether the right class is among the ``k`` with the highest scores.
 
     Args:
@@ -47,7 +46,7 @@ def top_k_accuracy(k: int) -> Callable[[chex.Array, chex.Array], chex.Array]:
     if k < 1:
         raise ValueError(f"top_k_accuracy: k must be at least 1, got {k}")
 
-    def metric(outputs: chex.Array, targets: chex.Array) -> chex.Array:
+    def metric(outputs: jax.Array, targets: jax.Array) -> jax.Array:
         _check_classes("top_k_accuracy", outputs, targets)
         _, best = jax.lax.top_k(outputs, k)
         return jnp.any(best == jnp.expand_dims(targets, -1), axis=-1).astype(jnp.float32)
@@ -55,7 +54,7 @@ def top_k_accuracy(k: int) -> Callable[[chex.Array, chex.Array], chex.Array]:
     return metric
 
 
-def _check_classes(name: str, outputs: chex.Array, targets: chex.Array) -> None:
+def _check_classes(name: str, outputs: jax.Array, targets: jax.Array) -> None:
     if targets.shape != outputs.shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
         raise ValueError(
             f"{name}: targets must be integer classes of shape {outputs.shape[:-1]} for outputs of shape "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from ant_jax._arguments import check_count, check_flag
@@ -43,54 +44,75 @@ def log_to(writer: Writer, *, every: int | None = None, epochs: bool = True, nam
     owner = "log_to" if name is None else name
     every = check_count(owner, "every", every, unit="batches", optional=True)
     check_flag(owner, "epochs", epochs)
-    runs: PerRun[RunWriter] = PerRun(RunWriter.end)
+    hooks = _Hooks(writer, named, epochs)
+    looks: dict[str, Any] = {} if every is None else {"every": every, "on_batch_end": hooks.on_batch_end}
+    return Callback(
+        name=named,
+        init=hooks.init if writer.has_runs else None,
+        on_train_begin=hooks.on_train_begin,
+        on_epoch_end=hooks.on_epoch_end,
+        on_train_end=hooks.on_train_end,
+        on_exception=hooks.on_exception,
+        **looks,
+    )
 
-    def begin(trainer: Any, state: Any, unwritten: int = 0) -> tuple[RunWriter, Any]:
-        """Open the writer for a run; returns it, and the state with the id of the tracker's run."""
-        runs.close(trainer)
-        memory = state.callback_states[named] if writer.has_runs else {"run_id": None}
-        run = runs.open(trainer, RunWriter(writer, state, memory["run_id"], unwritten))
-        return run, state.with_callback_state(named, {"run_id": run.writer.run_id}) if writer.has_runs else state
 
-    def opened(trainer: Any, state: Any, unwritten: int = 0) -> tuple[RunWriter, Any]:
-        """Open it now where that failed and was tolerated, or where its opening hook was left out."""
-        run = runs.of(trainer)
-        return begin(trainer, state, unwritten) if run is None else (run, state)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Hooks:
+    """The hooks of ``log_to``; what a run has open is in ``trainer.resources``.
 
-    def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
-        _, state = begin(trainer, state)
+    Attributes:
+        writer: not opened.
+        name: of the callback.
+        epochs: whether epochs have a record.
+    """
+
+    writer: Writer
+    name: str
+    epochs: bool
+    _runs: PerRun[RunWriter] = dataclasses.field(init=False, default_factory=lambda: PerRun(RunWriter.end))
+
+    def init(self, state: Any) -> dict[str, Any]:
+        del state
+        return {"run_id": None}
+
+    def on_train_begin(self, trainer: Any, state: Any, logs: Any) -> Any:
+        self._runs.close(trainer)
+        _, state = self._opened(trainer, state)
         return state, logs
 
-    def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
-        run, state = opened(trainer, state, unwritten=1)
+    def on_batch_end(self, batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        run, state = self._opened(trainer, state, unwritten=1)
         step = run.step(int(batch_idx) + 1, state)
         run.submit(lambda: record_of(logs.window.means()), state.epoch, step)
         return state, logs
 
-    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
-        run, state = opened(trainer, state)
+    def on_epoch_end(self, epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        run, state = self._opened(trainer, state)
         epoch, step = int(epoch), run.end_epoch(state)  # by hand it may be an array
-        if epochs:
+        if self.epochs:
             run.submit(lambda: record_of({log: to_python(logs[log]) for log in logs}), epoch, step)
         return state, logs
 
-    def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
-        runs.close(trainer)
+    def on_train_end(self, trainer: Any, state: Any, logs: Any) -> Any:
+        self._runs.close(trainer)
         return state, logs
 
-    def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
-        run = runs.take(trainer)
+    def on_exception(self, exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
+        run = self._runs.take(trainer)
         if run is not None:
             run.end(exception)
         return state, logs
 
-    looks: dict[str, Any] = {} if every is None else {"every": every, "on_batch_end": on_batch_end}
-    return Callback(
-        name=named,
-        init=(lambda state: {"run_id": None}) if writer.has_runs else None,
-        on_train_begin=on_train_begin,
-        on_epoch_end=on_epoch_end,
-        on_train_end=on_train_end,
-        on_exception=on_exception,
-        **looks,
-    )
+    def _opened(self, trainer: Any, state: Any, unwritten: int = 0) -> tuple[RunWriter, Any]:
+        """Return the run's writer, and the state with the id of the tracker's run.
+
+        It is opened in a later hook than ``on_train_begin`` where that failed and was tolerated, or was left out.
+        """
+        run = self._runs.of(trainer)
+        if run is not None:
+            return run, state
+        has_runs = self.writer.has_runs
+        run_id = state.callback_states[self.name]["run_id"] if has_runs else None
+        run = self._runs.open(trainer, RunWriter(self.writer, state, run_id, unwritten))
+        return run, state.with_callback_state(self.name, {"run_id": run.writer.run_id}) if has_runs else state
