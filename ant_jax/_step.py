@@ -15,13 +15,14 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from ant_jax._branches import run_if
 from ant_jax._broadcasts import stretches
 from ant_jax._events import Events
+from ant_jax._host_fields import CYCLE
 from ant_jax._judging import is_number
 from ant_jax._logs import Logs
 from ant_jax._model_state import WRITTEN_PARAMS, with_form_of, without_written
 from ant_jax._models import PureModel, applied
 from ant_jax._objective import Objective, transformed
 from ant_jax._packing import PackedLogs, pack
-from ant_jax._state import CYCLE, Accumulator, TrainState
+from ant_jax._state import Accumulator, TrainState
 from ant_jax._trees import PyTree, describe, describe_tree
 from ant_jax.data import batch_size_of
 
@@ -126,7 +127,7 @@ class Step:
         """Train on one micro-batch; a pure function, made to be compiled.
 
         Args:
-            state: without host fields, ``stop`` and ``log_sums``.
+            state: without host fields and ``stop``.
             batch: any pytree of arrays.
             batch_idx: int32 scalar, the position in the epoch.
             last: boolean scalar, whether the epoch ends with this batch, so that an open window closes.

@@ -15,12 +15,12 @@ PACKAGE = pathlib.Path(ant_jax.__file__).parent
 # Bottom to top: a module may import those above its own line.
 LAYERS = [
     {"_broadcasts", "_finite", "_interrupt", "_memories", "_pace", "_requirements", "_seal", "_trees"},
-    {"_packing", "_windows"},
+    {"_encoding", "_packing", "_summary", "_windows"},
     {"_logs"},
     {
-        "_encoding", "_history", "_hyperparams", "_lock", "_objective", "_sums", "_model_state", "_modes", "metrics",
+        "_history", "_hyperparams", "_lock", "_objective", "_sums", "_model_state", "_modes", "metrics",
     },
-    {"_linen", "_nnx"},
+    {"_host_fields", "_linen", "_nnx"},
     {"_models"},
     {"_state", "data"},
     {"_reader"},
