@@ -161,6 +161,7 @@ class Carried:
             return None
         values = {name: getattr(host, name) for name in PLAIN_FIELDS}
         values |= {"history": host.history.digest(), "loader": host.loader, "memories": dict(self.memories)}
+        values["device_names"] = sorted(host.device_names)
         plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
         try:
             text = json.dumps(encoded(plain, "the host fields"))

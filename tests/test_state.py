@@ -280,6 +280,16 @@ def test_a_memory_that_cannot_be_saved_travels_too():
     assert a_trainer.fit(jitted(state), batches(), 1)[0].callback_states["odd"] is lock
 
 
+def test_equal_beginnings_of_different_trainers_are_told_apart():
+    """The host fields of a new state say little, but which memories are on the device."""
+    plain, averaging = trainer(**OPTIONS), trainer(ant.callbacks.ema(), **OPTIONS)
+    one, other = (t.init(batches()[0]) for t in (averaging, plain))
+    assert jax.tree.structure(jitted(jitted(one))) == jax.tree.structure(one)
+    assert jax.tree.leaves(other)  # which names the host fields of a trainer without memories
+    assert jax.tree.structure(jitted(jitted(one))) == jax.tree.structure(one) != jax.tree.structure(other)
+    assert jitted(one).callback_states.keys() == {"ema"}
+
+
 def test_threads_do_not_meet_each_others_states():
     a_trainer = trainer(**OPTIONS)
 
