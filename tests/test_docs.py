@@ -138,3 +138,22 @@ def test_the_files_that_the_architecture_names_exist():
     package = pathlib.Path(ant.__file__).parent
     for name in re.findall(r"`(_[a-z_]+)(?:\.py)?`", PAGES["architecture.md"]):
         assert (package / f"{name}.py").exists() or (package / name).is_dir(), name
+
+
+def test_the_table_of_hooks_has_every_hook_with_its_arguments():
+    rows = re.findall(r"^\| (`on_.*?) \| `(.*?)` \|", PAGES["how-to/callbacks.md"], re.MULTILINE)
+    shown = {name: arguments.split(", ") for names, arguments in rows for name in re.findall(r"on_\w+", names)}
+    called = {name: [*([hook.lead] if hook.lead else []), "trainer", *hook.values] for name, hook in ant.HOOKS.items()}
+    assert shown == called
+
+
+def test_the_loop_is_shown_with_the_same_hooks_in_both_places():
+    readme = (DOCS.parent / "README.md").read_text()
+    loops = [
+        re.findall(
+            r"on_\w+", re.findall(r"^```(?:text)?\n(on_train_begin\n.*?)^```", text, re.DOTALL | re.MULTILINE)[0]
+        )
+        for text in (readme, PAGES["architecture.md"])
+    ]
+    assert loops[0] == loops[1]
+    assert {*loops[0], "on_exception"} == set(ant.HOOKS)
