@@ -6,13 +6,14 @@ from ant_jax import _requirements as _requirements, callbacks as callbacks, metr
 from ant_jax._callback import HOOKS as HOOKS, Callback as Callback
 from ant_jax._finite import NonFiniteError as NonFiniteError
 from ant_jax._history import History as History
+from ant_jax._host_fields import StateMismatch as StateMismatch
 from ant_jax._hyperparams import Hyperparam as Hyperparam, HyperparamError as HyperparamError
 from ant_jax._judging import CallbackReturnError as CallbackReturnError
 from ant_jax._logs import Logs as Logs
 from ant_jax._models import PureModel as PureModel, pure_functions as pure_functions
 from ant_jax._precision import Precision as Precision
 from ant_jax._seal import CheckpointCorrupt as CheckpointCorrupt, CheckpointError as CheckpointError
-from ant_jax._state import StateMismatch as StateMismatch, TrainState as TrainState
+from ant_jax._state import TrainState as TrainState
 from ant_jax._trainer import Trainer as Trainer
 from ant_jax.data import ArrayLoader as ArrayLoader, BatchError as BatchError
 

@@ -8,14 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ant_jax import _hyperparams
 from ant_jax._engine import form_of
 from ant_jax._events import Events, initial_memories
+from ant_jax._host_fields import HostFields, StateMismatch
 from ant_jax._live import DevicePart, device_part
 from ant_jax._precision import Precision
-from ant_jax._state import Accumulator, HostFields, StateMismatch, TrainState, refuse_mismatch, strong
+from ant_jax._state import Accumulator, TrainState, refuse_mismatch, strong
 from ant_jax._trees import PyTree, describe, describe_tree, named_leaves
 
 
@@ -65,10 +67,9 @@ class Beginning:
             key=key,
             accumulator=self._empty_window(params),
             loss_scale=self.precision.initial_loss_scale(),
-            log_sums=None,
             callback_states={},
-            stop=False,
-            host=HostFields(),
+            stop=np.bool_(False),
+            host=HostFields(device_names=self.events.device_names),
             cycle=jnp.zeros((), jnp.int32),
         )
 
@@ -80,8 +81,8 @@ class Beginning:
             raise
 
     def part(self, state: TrainState) -> DevicePart:
-        """Return what a step needs of a state."""
-        return device_part(state, self.events.device_names)._replace(log_sums=None)
+        """Return what a step needs of a state, but for the sums of an epoch."""
+        return device_part(state, self.events.device_names)
 
     def check(self, state: Any) -> None:
         """Raise unless this trainer could have made the state; each form of state is looked at once."""
@@ -97,6 +98,8 @@ class Beginning:
         refuse_mismatch("accumulator", window, state.accumulator, "this trainer's gradient_accumulation_steps")
         refuse_mismatch("loss_scale", self.precision.initial_loss_scale(), state.loss_scale, "this trainer's precision")
         memories = initial_memories(self.events.callbacks, state.replace(callback_states={}))
+        if state.host is None:  # in compiled code of the user's, which host callbacks' memories pass by unseen
+            memories = {name: memory for name, memory in memories.items() if name in self.events.device_names}
         if memories.keys() != state.callback_states.keys():
             raise StateMismatch(
                 f"the state has the memories of callbacks {sorted(state.callback_states)}, and those of this trainer "

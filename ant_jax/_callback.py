@@ -11,6 +11,8 @@ from typing import Any, Never
 
 import numpy as np
 
+from ant_jax._hook_types import ExceptionHook, IndexedHook, RunHook, TreeHook
+
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
@@ -111,19 +113,19 @@ class Callback:
         init: Callable[[Any], Any] | None = None,
         traced: bool = False,
         every: int | range | None = 1,
-        on_train_begin: HookFn | None = None,
-        on_epoch_begin: HookFn | None = None,
-        on_batch_begin: HookFn | None = None,
-        on_backward_end: HookFn | None = None,
-        on_before_update: HookFn | None = None,
-        on_before_apply: HookFn | None = None,
-        on_batch_end: HookFn | None = None,
-        on_evaluate_begin: HookFn | None = None,
-        on_evaluate_end: HookFn | None = None,
-        on_epoch_end: HookFn | None = None,
-        on_checkpoint: HookFn | None = None,
-        on_train_end: HookFn | None = None,
-        on_exception: HookFn | None = None,
+        on_train_begin: RunHook | None = None,
+        on_epoch_begin: IndexedHook | None = None,
+        on_batch_begin: IndexedHook | None = None,
+        on_backward_end: TreeHook | None = None,
+        on_before_update: TreeHook | None = None,
+        on_before_apply: TreeHook | None = None,
+        on_batch_end: IndexedHook | None = None,
+        on_evaluate_begin: RunHook | None = None,
+        on_evaluate_end: RunHook | None = None,
+        on_epoch_end: IndexedHook | None = None,
+        on_checkpoint: RunHook | None = None,
+        on_train_end: RunHook | None = None,
+        on_exception: ExceptionHook | None = None,
         **misspelt: Never,
     ):
         arguments = locals()

@@ -28,11 +28,12 @@ from orbax.checkpoint import future
 
 from ant_jax._encoding import decoded, encoded
 from ant_jax._finite import NonFiniteError, first_nonfinite
+from ant_jax._host_fields import StateMismatch
 from ant_jax._interrupt import held_back
 from ant_jax._lock import DirectoryLock
 from ant_jax._seal import CheckpointCorrupt, CheckpointError, Damage, sealed, unsealed, verify
 from ant_jax._snapshot import Path, Snapshot, read_back, taken
-from ant_jax._state import StateMismatch, TrainState
+from ant_jax._state import TrainState
 
 
 _logger = logging.getLogger("ant_jax")

@@ -18,11 +18,12 @@ from jax.core import Tracer
 from ant_jax._checking import classes_of
 from ant_jax._feed import Chunk, Feed
 from ant_jax._finite import NonFiniteError
+from ant_jax._host_fields import CYCLE
 from ant_jax._live import DevicePart, Live, device_part
 from ant_jax._models import PureModel, applied, initialized
 from ant_jax._pace import Pace
 from ant_jax._packing import PackedLogs, Unpacked, unpacked
-from ant_jax._state import CYCLE, Accumulator, TrainState, key_of_cycle, refuse_mismatch, scalar
+from ant_jax._state import Accumulator, TrainState, key_of_cycle, refuse_mismatch, scalar
 from ant_jax._step import Step
 from ant_jax._sums import LogSums, zero_sums
 from ant_jax._trees import PyTree
@@ -234,10 +235,10 @@ class TrainProgram:
 
     def _run_one(self, leaves: list[Any], key_data: Any, batch: PyTree, batch_idx: Any, last: Any) -> tuple[Any, ...]:
         part: DevicePart = jax.tree.unflatten(self._structure, leaves)
-        state = part._replace(log_sums=None).state(jax.random.wrap_key_data(key_data, impl=self._key_impl))
+        state = part.state(jax.random.wrap_key_data(key_data, impl=self._key_impl))
         state, stop, logs = self._step(state, batch, batch_idx, last)
         log_sums = part.log_sums.add(logs, batch_size_of(batch))
-        return jax.tree.leaves(device_part(state)._replace(log_sums=log_sums)), stop, logs
+        return jax.tree.leaves(device_part(state, log_sums=log_sums)), stop, logs
 
     def _run_alone(self, *arguments: Any) -> tuple[Any, ...]:
         leaves, stop, logs = self._run_one(*arguments)

@@ -7,9 +7,9 @@ import time
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ant_jax._callback import (
     BATCH_HOOKS,
@@ -69,7 +69,7 @@ class Events:
         events.seconds = dict.fromkeys(self.seconds, 0.0)
         return events
 
-    def step_hook(self, name: str, batch_idx: chex.Array, state: TrainState, *values: Any) -> tuple[Any, ...]:
+    def step_hook(self, name: str, batch_idx: jax.Array, state: TrainState, *values: Any) -> tuple[Any, ...]:
         """Run a hook inside the step, over its traced callbacks.
 
         Args:
@@ -208,7 +208,7 @@ class _Compiled:
         lead = [scalar(epoch) for epoch in lead]
         changed, stop, published = self._compiled(treedef, lead, leaves, values)
         leaves = [changed.get(str(i), leaf) for i, leaf in enumerate(leaves)]
-        stop = bool(state.stop) or (stop is not None and bool(stop))
+        stop = np.bool_(bool(state.stop) or (stop is not None and bool(stop)))
         after: TrainState = jax.tree.unflatten(treedef, leaves)
         memories = {**state.callback_states, **after.callback_states}
         return after.replace(callback_states=memories, host=state.host, stop=stop), {**logs, **published}
@@ -246,11 +246,11 @@ def _call(
 ) -> tuple[Any, ...]:
     """Call one hook of one callback, judge what it returns, and add the blame to what it raises."""
     try:
-        before = jax.tree.leaves(given[:-1]) if watch_assignment else None
+        before = _leaves(given) if watch_assignment else None
         arguments = (trainer, *given) if HOOKS[name].lead is None else (lead, trainer, *given)
         result = function(*arguments)
         if before is not None:
-            refuse_assignment(name, before, jax.tree.leaves(given[:-1]))
+            refuse_assignment(name, before, _leaves(given))
         return judged(name, given, result, device_names)
     except Exception as error:
         error.add_note(_blame(callback, name, lead, given[0]))
@@ -263,6 +263,12 @@ def _call(
                 "callback (traced=False)."
             )
         raise
+
+
+def _leaves(given: tuple[Any, ...]) -> list[Any]:
+    """The leaves of what a hook is given but the logs."""
+    state, *trees, _ = given
+    return jax.tree.leaves((state.values(), trees))
 
 
 def _blame(callback: Callback, name: str, lead: Any, state: TrainState) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ant_jax._callback import HOOKS
 from ant_jax._logs import Logs
-from ant_jax._state import HostFields, TrainState, strong
+from ant_jax._state import DATA_FIELDS, TrainState, strong
 from ant_jax._trees import PyTree, describe, differences, in_lines, refuse_unsortable
 
 
@@ -75,7 +75,7 @@ def _kind(value: Any) -> str:
 def _judged_state(name: str, old: TrainState, new: TrainState, device_names: frozenset[str] | None) -> TrainState:
     if new is old:
         return new
-    if new.host is not old.host and not _only_asks(old.host, new.host):
+    if new.host is not old.host and not (new.host and old.host and old.host.differs_only_in_requests(new.host)):
         raise CallbackReturnError(
             f"{name} changed the state's epoch, batch_idx or history; those are the trainer's. To end the run early "
             f"return state.request_stop(), logs; for other batches return state.request_batch_size(...), logs"
@@ -86,17 +86,7 @@ def _judged_state(name: str, old: TrainState, new: TrainState, device_names: fro
             f"state.random_key(name)"
         )
     updates: dict[str, Any] = {}
-    for field in (
-        "step",
-        "cycle",
-        "params",
-        "model_state",
-        "opt_state",
-        "key",
-        "accumulator",
-        "loss_scale",
-        "log_sums",
-    ):
+    for field in DATA_FIELDS:
         before, after = getattr(old, field), getattr(new, field)
         if after is not before:
             updates[field] = _judged_tree(name, f"state.{field}", before, after, traced=old.host is None)
@@ -116,11 +106,6 @@ def _judged_state(name: str, old: TrainState, new: TrainState, device_names: fro
             for owner, memory in before.items()
         }
     return new.replace(**updates) if updates else new
-
-
-def _only_asks(old: HostFields | None, new: HostFields | None) -> bool:
-    """Whether host fields differ in nothing but the batch sizes that are asked for."""
-    return old is not None and new is not None and new.asking(old.batch_sizes) == old
 
 
 def _judged_tree(name: str, what: str, before: PyTree, after: PyTree, traced: bool) -> PyTree:

@@ -8,13 +8,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ant_jax._state import CYCLE, HostFields, TrainState, key_of_cycle, strong
+from ant_jax._host_fields import CYCLE, HostFields
+from ant_jax._state import TrainState, key_of_cycle, strong
+from ant_jax._sums import LogSums
 
 
 def _reference_counts(objects: list[Any]) -> list[int]:
     return [sys.getrefcount(item) for item in objects]
 
 
+# Whether a reference count tells whether an object is referred to elsewhere: without a global lock it does not.
+_COUNTS_TELL = getattr(sys, "_is_gil_enabled", lambda: True)()
 # What `_reference_counts` says of an object that nothing but the list refers to.
 _SOLE_OWNER = _reference_counts([object()])[0]
 
@@ -47,17 +51,25 @@ class DevicePart(NamedTuple):
             key=key,
             accumulator=self.accumulator,
             loss_scale=self.loss_scale,
-            log_sums=self.log_sums,
             callback_states={**self.callback_states, **memories} if memories else self.callback_states,
             stop=stop,
             host=host,
             cycle=cycle,
         )
 
+    def fields(self) -> dict[str, Any]:
+        """Return what it holds of a state, by the names of fields."""
+        return {field: getattr(self, field) for field in _PART_OF_STATE}
 
-def device_part(state: TrainState, device_names: frozenset[str] | None = None) -> DevicePart:
+
+_PART_OF_STATE = tuple(field for field in DevicePart._fields if field != "log_sums")
+
+
+def device_part(
+    state: TrainState, device_names: frozenset[str] | None = None, log_sums: LogSums | None = None
+) -> DevicePart:
     """Take the device part out of a state, with the memories of those callbacks, or with all that are in it."""
-    part = DevicePart(*(getattr(state, field) for field in DevicePart._fields))
+    part = DevicePart(**{field: getattr(state, field) for field in _PART_OF_STATE}, log_sums=log_sums)
     if device_names is None:
         return part
     memories = {name: memory for name, memory in state.callback_states.items() if name in device_names}
@@ -104,19 +116,25 @@ class Live:
             for name, memory in memories.items()
             if name not in self._device_names
         }
-        self.host: HostFields = state.on_host()
+        host = state.on_host()
+        # The sums are among the arrays that launches overwrite: another reference to them would make a copy.
+        self.host: HostFields = host._replace(log_sums=None, device_names=self._device_names)
         self.stop = bool(state.stop)
         # Reading the step waits for the device, so that is done only where a hook has replaced it.
         if not self._leaves or state.step is not self.part().step or state.cycle is not self.cycle:
             self.total_steps = state.total_steps
         self.key = state.key
         self._begin_cycle(state.cycle)
-        leaves, self._structure = jax.tree.flatten(device_part(state, self._device_names))
+        part = device_part(state, self._device_names, host.log_sums)
+        del host
+        leaves, self._structure = jax.tree.flatten(part)
         self._leaves = [strong(leaf) for leaf in leaves]
 
     def get(self) -> TrainState:
         """Return the whole state."""
-        return self.part().state(self.key, self.stop, self.host, self._host_memories, self.cycle)
+        part = self.part()
+        host = self.host._replace(log_sums=part.log_sums)
+        return part.state(self.key, np.bool_(self.stop), host, self._host_memories, self.cycle)
 
     def part(self) -> DevicePart:
         """Return the device part."""
@@ -153,7 +171,7 @@ class Live:
         leaves = self._leaves
         self.lost = True
         for position, count in enumerate(_reference_counts(leaves)):
-            if count != _SOLE_OWNER:
+            if count != _SOLE_OWNER or not _COUNTS_TELL:
                 leaves[position] = _copied(leaves[position])
         return leaves
 

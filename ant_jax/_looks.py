@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ant_jax._callback import Callback, HookFn
 from ant_jax._engine import Launch
+from ant_jax._host_fields import OpenWindow
 from ant_jax._logs import Logs
 from ant_jax._pace import LAUNCH_SECONDS
-from ant_jax._state import OpenWindow
 from ant_jax._windows import Window, joined
 
 
@@ -52,8 +53,7 @@ class Look:
     @property
     def window(self) -> OpenWindow:
         """What has passed in the window that is open."""
-        launches = list(self._launches)
-        return OpenWindow(self._published, lambda: _read(launches))
+        return OpenWindow(self._published, functools.partial(_read, list(self._launches)))
 
     def resume(self, batch_idx: int, windows: Mapping[str, OpenWindow] | None) -> None:
         """Open the window that a run which goes on inside an epoch was in; its beginning has been seen.

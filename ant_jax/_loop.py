@@ -60,6 +60,7 @@ from ant_jax._engine import (
 from ant_jax._events import Events
 from ant_jax._feed import Ahead, Chunk, Feed, Loaders
 from ant_jax._finite import NonFiniteError
+from ant_jax._host_fields import HostFields, StateMismatch
 from ant_jax._interrupt import TERMINATED, Interrupts
 from ant_jax._live import Live
 from ant_jax._logs import Logs, joined
@@ -68,7 +69,7 @@ from ant_jax._pace import LAUNCH_SECONDS, Pace
 from ant_jax._packing import Unpacked
 from ant_jax._reader import Place, Reader
 from ant_jax._run import Run
-from ant_jax._state import HostFields, StateMismatch, TrainState, refuse_mismatch
+from ant_jax._state import TrainState, refuse_mismatch
 from ant_jax._sums import mean, means, plus
 from ant_jax._trees import in_lines
 from ant_jax.data import ArrayLoader, BatchError, NoBatches, description_of
@@ -349,7 +350,7 @@ class Loop:
             live.update(log_sums=sums, accumulator=window)
             return
         expected, _ = jax.eval_shape(program.begin_epoch, part.accumulator)
-        refuse_mismatch("log_sums", expected, part.log_sums, "this trainer, going on inside an epoch,")
+        refuse_mismatch("host.log_sums", expected, part.log_sums, "this trainer, going on inside an epoch,")
         for look in [] if begun else looks:
             look.resume(start, self._open_windows)
 

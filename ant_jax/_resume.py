@@ -15,10 +15,11 @@ import numpy as np
 from ant_jax._beginning import Beginning
 from ant_jax._checkpoint import directory_of, path_of, read, read_arrays, set_aside, steps_in
 from ant_jax._events import initial_memories
+from ant_jax._host_fields import StateMismatch
 from ant_jax._lock import DirectoryLock
 from ant_jax._seal import CheckpointCorrupt
 from ant_jax._snapshot import Path, Snapshot, filled, parameters_of, with_keys
-from ant_jax._state import StateMismatch, TrainState, strong
+from ant_jax._state import TrainState, strong
 from ant_jax._trees import describe, in_lines, named_leaves
 
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from ant_jax._encoding import decoded, encoded, rebuilt, structure_of
 from ant_jax._history import History
+from ant_jax._host_fields import PLAIN_FIELDS, HostFields, OpenWindow, StateMismatch
 from ant_jax._packing import PackedLogs
-from ant_jax._state import HostFields, OpenWindow, StateMismatch, TrainState, strong
+from ant_jax._state import DATA_FIELDS, TrainState, strong
 from ant_jax._sums import LogSums
 from ant_jax._trees import PyTree, describe, in_lines
 from ant_jax._windows import Window
@@ -25,10 +26,6 @@ from ant_jax._windows import Window
 _logger = logging.getLogger("ant_jax")
 
 FORMAT = 2
-# The fields of a state that are arrays; those of callbacks are added one by one.
-FIELDS = ("step", "cycle", "params", "model_state", "opt_state", "key", "accumulator", "loss_scale", "log_sums")
-# The host fields that are plain Python.
-HOST_FIELDS = ("epoch", "batch_idx", "examples", "batch_size", "batch_sizes", "opened", "data", "fused", "hyperparams")
 _PACKAGES = ("ant_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 Path = tuple[str, ...]
@@ -129,16 +126,17 @@ def filled(
     host = saved.host
     of_memories = {keys: leaf for keys, leaf in saved.arrays.items() if keys[0] == "callback_states"}
     arrays = {k: leaf for k, leaf in saved.arrays.items() if k[0] != "log_sums" and k not in of_memories}
-    found = _matched(arrays, host["keys"], {field: getattr(form, field) for field in FIELDS if field != "log_sums"})
-    sums = None if host["log_sums"] is None else _sums_of(saved.arrays, host["log_sums"])
+    found = _matched(arrays, host["keys"], {field: getattr(form, field) for field in DATA_FIELDS})
     fields = HostFields(
         **host["fields"],
         history=History(host["history"]),
+        log_sums=None if host["log_sums"] is None else _sums_of(saved.arrays, host["log_sums"]),
         published=host["published"],
         loader=host["loader"],
         windows=_windows_of(host["windows"]),
+        device_names=device_names,
     )
-    state = form.replace(**found, log_sums=sums, callback_states={}, stop=host["stop"], host=fields)
+    state = form.replace(**found, callback_states={}, stop=np.bool_(host["stop"]), host=fields)
     fresh = initial_memories(state)
     saved_names = {keys[1] for keys in of_memories} | host["memories"].keys()
     _name_strangers(saved_names, fresh, device_names)
@@ -195,7 +193,8 @@ def _placed(value: np.ndarray, like: Any) -> jax.Array:
 
 def _saved_tree(state: TrainState, device_names: frozenset[str]) -> dict[str, Any]:
     memories = {name: memory for name, memory in state.callback_states.items() if name in device_names}
-    tree = {field: getattr(state, field) for field in FIELDS} | {"callback_states": memories}
+    tree = {field: getattr(state, field) for field in DATA_FIELDS}
+    tree |= {"log_sums": state.on_host().log_sums, "callback_states": memories}
     return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else strong(leaf), tree)
 
 
@@ -222,12 +221,13 @@ def _plain(leaf: jax.Array) -> Any:
 
 
 def _host_part(state: TrainState, leaves: Mapping[Path, jax.Array]) -> dict[str, Any]:
-    host, sums = state.on_host(), state.log_sums
+    host = state.on_host()
+    sums = host.log_sums
     parts: dict[str, Any] = {
         "format": FORMAT,
         "versions": dict(_versions()),
         "saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "fields": {name: _python(getattr(host, name)) for name in HOST_FIELDS},
+        "fields": {name: _python(getattr(host, name)) for name in PLAIN_FIELDS},
         "loader": host.loader,
         "windows": _read_windows(host.windows),
         "history": list(host.history),

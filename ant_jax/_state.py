@@ -5,94 +5,34 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.training.dynamic_scale import DynamicScale
+from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from ant_jax import _hyperparams
 from ant_jax._history import History
+from ant_jax._host_fields import CYCLE, Carried, HostFields, StateMismatch, found
 from ant_jax._objective import Objective
-from ant_jax._sums import LogSums
+from ant_jax._summary import summary_of_state
 from ant_jax._trees import PyTree, differences, in_lines
-from ant_jax._windows import Window
 
 
-# Where `TrainState.step` begins anew: it stays an int32, and JAX has no wider integers by default.
-CYCLE = 2**31
-
-
-class StateMismatch(ValueError):
-    """A state does not belong to the trainer that it was given to; the message says how it differs."""
+# The fields of a state that are arrays, but for `stop` and the memories of callbacks, which are handled one by one.
+DATA_FIELDS = ("step", "cycle", "params", "model_state", "opt_state", "key", "accumulator", "loss_scale")
+# Those that are leaves of it as a pytree, `callback_states` with the memories that are on the device.
+_CHILDREN = (*DATA_FIELDS, "stop", "skip", "objective", "callback_states")
+_KEYS = (jax.tree_util.GetAttrKey("host"), *map(jax.tree_util.GetAttrKey, _CHILDREN))
 
 
 class HostFieldError(RuntimeError):
     """A host field of the state was read inside the compiled step, where it has no value."""
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenWindow:
-    """A look of a host callback that has begun and not ended.
-
-    Attributes:
-        published: by its ``on_batch_begin``.
-        read: returns the logs of the batches that have passed in it; waits for the device.
-    """
-
-    published: Mapping[str, Any]
-    read: Callable[[], Window]
-
-
-_NOTHING: Mapping[str, Any] = {}  # shared, since nobody changes it
-
-
-class HostFields(NamedTuple):
-    """What the host knows about a run. Plain Python: it never enters the compiled step.
-
-    A named tuple, since every launch makes one, and a dataclass takes longer to make; in a state it is static.
-
-    Attributes:
-        epoch: the epoch under way, or the next one; counted from 0.
-        batch_idx: batches of this epoch that are done.
-        examples: examples in them: the position in the epoch's data.
-        batch_size: examples in a batch, as a callback has asked; ``None``: as the loader has it.
-        batch_sizes: those asked for that are still to come, each with the batch of the epoch from which it holds.
-        history: the logs of the epochs that are done.
-        published: sum, as :func:`ant_jax._sums.plus` makes it, and weight of every value that host hooks have published
-            in this epoch.
-        opened: what ``on_epoch_begin`` of this epoch has published.
-        data: what the training loader of this epoch says of its data; see :func:`ant_jax.data.description_of`.
-        fused: the backend, and whether many steps ran in one launch there; ``None`` before the first.
-        hyperparams: those that can be changed while training, as the code had them when the run began.
-        windows: the looks of host callbacks that are open here, by the callback's name; ``None`` where nobody asked.
-        loader: where a loader with ``get_state`` was, and how many batches have been read since.
-    """
-
-    epoch: int = 0
-    batch_idx: int = 0
-    examples: int = 0
-    batch_size: int | None = None
-    batch_sizes: tuple[tuple[int, int], ...] = ()
-    history: History = History()
-    published: Mapping[str, tuple[Any, int]] = _NOTHING
-    opened: Mapping[str, Any] = _NOTHING
-    data: Mapping[str, Any] | None = None
-    fused: tuple[str, bool] | None = None
-    hyperparams: Mapping[str, Any] = _NOTHING
-    windows: Mapping[str, OpenWindow] | None = None
-    loader: tuple[Any, int] | None = None
-
-    def __hash__(self) -> int:  # makes a whole TrainState a valid argument of a user's own jax.jit
-        return hash((self.epoch, self.batch_idx, len(self.history)))
-
-    def asking(self, batch_sizes: tuple[tuple[int, int], ...]) -> HostFields:
-        """The same but for the batch sizes that are to come, which are all that a hook may change."""
-        return self._replace(batch_sizes=batch_sizes)
 
 
 @struct.dataclass
@@ -107,19 +47,21 @@ class Accumulator:
     """
 
     grads: PyTree
-    examples: chex.Array
-    micro_batches: chex.Array
-    loss: chex.Array
+    examples: jax.Array
+    micro_batches: jax.Array
+    loss: jax.Array
 
 
-@struct.dataclass
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TrainState:
     """Everything that decides the future of a run; made by ``Trainer.init``.
 
-    Immutable: ``state.replace(params=...)`` returns another state. It is a pytree whose leaves are the fields below;
-    ``epoch``, ``batch_idx``, ``examples``, ``batch_size`` and ``history`` are host fields, plain Python that reading
-    never waits for, and that has no value inside the compiled step. (So states of different epochs are different
-    pytrees to ``jax.tree.map``; compare their ``params``.)
+    Immutable: ``state.replace(params=...)`` returns another state. It is a pytree of arrays: a function of the state
+    that ``jax.jit`` compiles is traced once for a whole run. What only the host knows (``epoch``, ``batch_idx``,
+    ``examples``, ``batch_size``, ``history``, and the memories of host callbacks) is plain Python that reading never
+    waits for. It travels along through ``jax.jit``, ``jax.tree.map``, ``jax.device_put``, ``copy`` and ``pickle``; in
+    compiled code it has no value, but for ``epoch`` and ``batch_idx``.
 
     Attributes:
         step: int32 scalar, batches trained on since ``init``; the index of the batch that is under way. After 2**31
@@ -132,36 +74,118 @@ class TrainState:
             2**31 batches.)
         accumulator: the open accumulation window; ``None`` when ``gradient_accumulation_steps`` is 1.
         loss_scale: flax's ``DynamicScale``; ``None`` unless the precision is float16.
-        log_sums: the sums of the logs of the epoch under way, until it has ended; ``None`` between epochs.
-        callback_states: each callback's own memory, by the callback's name.
+        callback_states: each callback's own memory, by the callback's name; in compiled code only those on the device.
         stop: whether a callback has asked the run to end.
-        host: the host fields; ``None`` inside the compiled step.
+        host: the host fields, which are the trainer's own; ``None`` in compiled code.
         cycle: int32 scalar, how often ``step`` has begun anew; ``None`` inside the compiled step.
         skip: in ``on_backward_end``, whether the batch is to be skipped; ``None`` everywhere else.
         objective: in ``on_before_update`` and ``on_before_apply``, the loss that the update is to lower, with its
             ``value``, ``grad``, ``value_fn(params)`` and ``grad_fn(params)``; ``None`` everywhere else.
     """
 
-    step: chex.Array
+    step: jax.Array
     params: PyTree
     model_state: PyTree
     opt_state: PyTree
-    key: chex.PRNGKey
+    key: jax.Array
     accumulator: Accumulator | None
     loss_scale: DynamicScale | None
-    log_sums: LogSums | None
     callback_states: Mapping[str, Any]
-    stop: bool | chex.Array
-    host: HostFields | None = struct.field(pytree_node=False)
-    cycle: chex.Array | None = None
-    skip: chex.Array | None = None
+    stop: np.bool_ | jax.Array
+    host: HostFields | None
+    cycle: jax.Array | None = None
+    skip: jax.Array | None = None
     objective: Objective | None = None
 
-    if TYPE_CHECKING:  # flax.struct adds the method; type checkers do not know
+    def replace(self, **updates: Any) -> TrainState:
+        """Return the state with some of its fields replaced.
 
-        def replace(self, **updates: Any) -> TrainState:
-            """Return the state with some of its fields replaced."""
-            ...
+        Raises:
+            TypeError: there is no field of that name, or it is the trainer's own, such as ``epoch``.
+        """
+        unknown = updates.keys() - _FIELDS
+        if unknown:
+            raise TypeError(
+                f"state.replace: a state has no field {min(unknown)!r} that can be replaced; those are "
+                f"{', '.join(sorted(_FIELDS - {'host'}))}"
+            )
+        if not updates.keys().isdisjoint(_TRAVELLING):
+            if "host" not in self.__dict__:
+                self._arrive()
+            fields = {name: value for name, value in self.__dict__.items() if name != "_travelling"}
+            if self.host is None and updates.get("host") is None and "_travelling" in self.__dict__:
+                # In compiled code, where host fields go along unseen.
+                leaf, carried, _ = self.__dict__["_travelling"]
+                fields["_travelling"] = leaf, carried, updates.get("callback_states", self.callback_states)
+        else:
+            fields = dict(self.__dict__)
+        new = object.__new__(TrainState)
+        new.__dict__.update(fields, **updates)
+        return new
+
+    def values(self) -> tuple[Any, ...]:
+        """Return the fields that hooks may change, all memories of callbacks among them."""
+        return *[getattr(self, field) for field in DATA_FIELDS], self.stop, self.skip, self.callback_states
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Carried]:
+        leaf, carried, memories = self._departing()
+        children = [leaf, *[self.__dict__[field] for field in _CHILDREN[:-1]], memories]
+        return list(zip(_KEYS, children, strict=True)), carried
+
+    def tree_flatten(self) -> tuple[list[Any], Carried]:
+        leaf, carried, memories = self._departing()
+        return [leaf, *[self.__dict__[field] for field in _CHILDREN[:-1]], memories], carried
+
+    @classmethod
+    def tree_unflatten(cls, carried: Carried, children: Any) -> TrainState:
+        leaf, *values, memories = children
+        state = object.__new__(cls)
+        state.__dict__.update(zip(_CHILDREN[:-1], values, strict=True))
+        if leaf is None:
+            state.__dict__.update(host=None, callback_states=memories)
+        else:
+            state.__dict__["_travelling"] = leaf, carried, memories
+        return state
+
+    def __getstate__(self) -> dict[str, Any]:  # of copy and pickle
+        self._departing()  # so that the copy has the same leaf
+        if "_travelling" not in self.__dict__:  # without host fields
+            return dict(self.__dict__)
+        return {name: value for name, value in self.__dict__.items() if name not in _TRAVELLING}
+
+    if not TYPE_CHECKING:  # which would take any attribute for one of a state's
+
+        def __getattr__(self, name: str) -> Any:
+            """Find the host fields of a state that has been through a function of JAX when they are first read."""
+            if name not in _TRAVELLING or "_travelling" not in self.__dict__:
+                raise AttributeError(f"a state has no attribute {name!r}")
+            self._arrive()
+            return self.__dict__[name]
+
+    def _departing(self) -> tuple[Any, Carried, Any]:
+        """The leaf, the static part and the memories on the device that this state has as a pytree."""
+        if "_travelling" not in self.__dict__:
+            if self.host is None:
+                return None, _WITHOUT_HOST, self.callback_states
+            on_device = self.host.device_names
+            memories = {name: memory for name, memory in self.callback_states.items() if name in on_device}
+            others = {name: memory for name, memory in self.callback_states.items() if name not in on_device}
+            carried = Carried(self.host, others)
+            self.__dict__["_travelling"] = carried.leaf, carried, memories
+        leaf, carried, memories = self.__dict__["_travelling"]
+        if leaf is carried.__dict__.get("leaf"):  # and not one that is still to be compared with its own
+            carried.given()
+        return leaf, carried, memories
+
+    def _arrive(self) -> None:
+        leaf, carried, memories = self.__dict__["_travelling"]
+        if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array | np.ndarray):
+            self.__dict__.update(host=None, callback_states=memories)
+            return
+        known = found(leaf, carried)
+        self.__dict__.update(
+            host=known.host, callback_states={**memories, **known.memories}, _travelling=(known.leaf, known, memories)
+        )
 
     @property
     def total_steps(self) -> int:
@@ -171,13 +195,19 @@ class TrainState:
 
     @property
     def epoch(self) -> int:
-        """The epoch under way, or the next one; counted from 0."""
-        return self.on_host("epoch").epoch
+        """The epoch under way, or the next one; counted from 0. In compiled code of the user's an int32 scalar."""
+        return self.on_host("epoch").epoch if self._traced_place is None else self._traced_place[0]
 
     @property
     def batch_idx(self) -> int:
-        """Batches of this epoch that are done."""
-        return self.on_host("batch_idx").batch_idx
+        """Batches of this epoch that are done. In compiled code of the user's an int32 scalar."""
+        return self.on_host("batch_idx").batch_idx if self._traced_place is None else self._traced_place[1]
+
+    @property
+    def _traced_place(self) -> Any:
+        """The leaf of a state in compiled code of the user's; ``None`` elsewhere."""
+        leaf = self.__dict__.get("_travelling", (None,))[0]
+        return leaf if isinstance(leaf, Tracer) else None
 
     @property
     def examples(self) -> int:
@@ -195,11 +225,11 @@ class TrainState:
         return self.on_host("history").history
 
     @property
-    def window_open(self) -> bool | chex.Array:
+    def window_open(self) -> bool | jax.Array:
         """Whether gradients are waiting for their accumulation window to close; ``False`` without accumulation."""
         return False if self.accumulator is None else self.accumulator.micro_batches > 0
 
-    def random_key(self, name: str) -> chex.PRNGKey:
+    def random_key(self, name: str) -> jax.Array:
         """Return a random key for this step and this name: another one at every step, for every name, and than the
         model's.
 
@@ -215,7 +245,7 @@ class TrainState:
         key = self.key if self.cycle is None else key_of_cycle(self.key, self.cycle)
         return jax.random.fold_in(jax.random.fold_in(key, self.step), zlib.crc32(name.encode()))
 
-    def request_stop(self, when: bool | chex.Array = True) -> TrainState:
+    def request_stop(self, when: ArrayLike = True) -> TrainState:
         """Ask the run to end; scopes that are open still close in order.
 
         Between batches the run ends at once, in the middle of an accumulation window when the window has closed, and
@@ -230,7 +260,7 @@ class TrainState:
         """
         if self.host is None:
             return self.replace(stop=jnp.logical_or(self.stop, when))
-        return self.replace(stop=bool(self.stop) or bool(when))
+        return self.replace(stop=np.bool_(bool(self.stop) or bool(when)))
 
     def request_batch_size(self, batch_size: int, from_batch: int | None = None) -> TrainState:
         """Ask, in a host hook, for another batch size; it stays until the next request.
@@ -259,7 +289,7 @@ class TrainState:
         sooner = tuple(item for item in host.batch_sizes if item[0] < start)
         return self.replace(host=host.asking((*sooner, (int(start), int(batch_size)))))
 
-    def skip_batch(self, when: bool | chex.Array = True) -> TrainState:
+    def skip_batch(self, when: ArrayLike = True) -> TrainState:
         """Ask, in ``on_backward_end``, that this batch count for nothing.
 
         It joins no update, no accumulation window and no mean of an epoch; the model state is put back to what it was
@@ -299,7 +329,7 @@ class TrainState:
         """
         return _hyperparams.read(self.opt_state, self.callback_states)
 
-    def with_hyperparams(self, **values: float | chex.Array) -> TrainState:
+    def with_hyperparams(self, **values: ArrayLike) -> TrainState:
         """Return the state with other hyper-parameters.
 
         Args:
@@ -343,14 +373,23 @@ class TrainState:
         """
         if self.host is None:
             raise HostFieldError(
-                f"state.{field} is a host field and has no value inside a traced hook. Use state.step, or the epoch or "
-                f"batch_idx that the hook is given, or write a host callback (traced=False)"
+                f"state.{field} is a host field and has no value inside a traced hook, nor in other compiled code. Use "
+                f"state.step, or the epoch or batch_idx that the hook is given, or write a host callback (traced=False)"
             )
         return self.host
 
+    def __repr__(self) -> str:
+        return summary_of_state(self)
+
+
+_FIELDS = frozenset(field.name for field in dataclasses.fields(TrainState))
+# The fields that a state which has been through a function of JAX finds when they are first read.
+_TRAVELLING = frozenset({"host", "callback_states"})
+_WITHOUT_HOST = Carried(None)
+
 
 @jax.jit
-def key_of_cycle(key: chex.PRNGKey, cycle: Any) -> chex.PRNGKey:
+def key_of_cycle(key: jax.Array, cycle: Any) -> jax.Array:
     """The random key that the steps of a cycle of 2**31 batches draw from: in the first the run's own."""
     # No step folds this number in, so that no later cycle has a key that a step has had.
     later = jax.random.fold_in(jax.random.fold_in(key, 2**32 - 1), cycle)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,6 +14,7 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from ant_jax._branches import run_if
 from ant_jax._broadcasts import stretches
 from ant_jax._events import Events
+from ant_jax._host_fields import CYCLE
 from ant_jax._judging import is_number
 from ant_jax._logs import Logs
 from ant_jax._model_state import WRITTEN_PARAMS, with_form_of, without_written
@@ -22,7 +22,7 @@ from ant_jax._models import PureModel, applied
 from ant_jax._objective import Objective, transformed
 from ant_jax._packing import PackedLogs, pack
 from ant_jax._precision import Precision, at_least
-from ant_jax._state import CYCLE, Accumulator, TrainState
+from ant_jax._state import Accumulator, TrainState
 from ant_jax._trees import PyTree, describe, describe_tree
 from ant_jax.data import batch_size_of
 
@@ -125,7 +125,7 @@ class Step:
         """Train on one micro-batch; a pure function, made to be compiled.
 
         Args:
-            state: without host fields, ``stop`` and ``log_sums``.
+            state: without host fields and ``stop``.
             batch: any pytree of arrays.
             batch_idx: int32 scalar, the position in the epoch.
             last: boolean scalar, whether the epoch ends with this batch, so that an open window closes.
@@ -337,7 +337,7 @@ def general_loss(loss_fn: LossFn, precision: Precision) -> LossFn:
     return checked_loss
 
 
-def _at_least_float32(leaf: chex.Array) -> chex.Array:
+def _at_least_float32(leaf: jax.Array) -> jax.Array:
     return at_least(leaf, jnp.float32)
 
 
@@ -406,7 +406,7 @@ def _refuse_nothing_to_train(params: PyTree, model_state: PyTree) -> None:
 
 def _reduced(
     what: str, function: Callable[[Any, Any], Any], outputs: Any, targets: Any, size: int, *, is_loss: bool = False
-) -> chex.Array:
+) -> jax.Array:
     """Call a criterion or a metric and take the mean of what it returns; explain what does not fit."""
     given = f"outputs {describe_tree(outputs)} and targets {describe_tree(targets)}"
     try:

@@ -29,6 +29,7 @@ from ant_jax._resources import Resources
 from ant_jax._run import Costs, Run
 from ant_jax._state import TrainState, key_of_cycle, refuse_mismatch, strong
 from ant_jax._step import STEP_LOGS, LossFn, Step, criterion_loss, general_loss
+from ant_jax._summary import summary_of_trainer
 from ant_jax._trees import PyTree, describe_tree
 from ant_jax.callbacks import progress_bar
 from ant_jax.callbacks._printing import print_beside_bars
@@ -51,7 +52,7 @@ if TYPE_CHECKING:  # Orbax takes long to import
 _logger = logging.getLogger("ant_jax")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Trainer:
     """Trains a model: an immutable :class:`TrainState` goes in and comes out.
 
@@ -256,6 +257,11 @@ class Trainer:
         params, model_state = _initial(self._model, init_key, inputs_of(batch), params, model_state)
         params = self._step.precision.cast_to_param(jax.tree.map(strong, params))
         return self._states.state(params, jax.tree.map(strong, model_state), key)
+
+    def __repr__(self) -> str:
+        fields = [field for field in dataclasses.fields(self) if field.init]
+        shown = {field.name: getattr(self, field.name) for field in fields}
+        return summary_of_trainer(type(self).__name__, shown, {field.name: field.default for field in fields})
 
     def checkpointer(
         self,
@@ -494,7 +500,7 @@ class Trainer:
             )
             return state, state.history
         else:
-            state = state.replace(stop=False)
+            state = state.replace(stop=np.bool_(False))
         loop, resources = self._loop(state, num_epochs, loaders)
         del state  # where nothing else refers to it, the run overwrites it instead of a copy
         with resources:
@@ -659,8 +665,7 @@ class Trainer:
             raise found from error
         stop = _either(state.stop, asked)
         memories = {**state.callback_states, **part.callback_states}
-        part = part._replace(callback_states=memories, log_sums=state.log_sums)
-        return part.state(state.key, stop, state.host, cycle=cycle), dict(logs)
+        return state.replace(**part.fields() | {"callback_states": memories}, stop=stop, cycle=cycle), dict(logs)
 
     def _running(self, fact: str) -> Run:
         if self._run is None:
@@ -705,12 +710,12 @@ def _called_compiled(init: Callable[..., Any], *arguments: Any) -> Any:
     return compiled(*arguments) if compiled.trace(*arguments).jaxpr.eqns else init(*arguments)
 
 
-def _either(stop: Any, asked: jax.Array | None) -> bool | jax.Array:
+def _either(stop: np.bool_ | jax.Array, asked: jax.Array | None) -> np.bool_ | jax.Array:
     """Whether the run was or is asked to end; an array inside a function of the user's that is compiled."""
     if asked is None and not isinstance(stop, Tracer):
-        return bool(stop)
+        return np.bool_(stop)
     asked = jnp.logical_or(stop, False if asked is None else asked)
-    return asked if isinstance(asked, Tracer) else bool(asked)
+    return asked if isinstance(asked, Tracer) else np.bool_(asked)
 
 
 def _check_arguments(trainer: Trainer) -> None:

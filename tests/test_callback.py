@@ -34,6 +34,18 @@ def test_a_subclass_may_make_its_name_a_field():
     assert checked([Named(), Named(name="second")])[1].name == "second"
 
 
+def test_a_type_checker_sees_a_wrong_return():
+    """Pyright refuses an ignored error that is none, so each line holds that there is one."""
+    ant.Callback(name="none", on_train_end=lambda trainer, state, logs: None)  # pyright: ignore[reportArgumentType]
+    ant.Callback(name="order", on_epoch_end=lambda epoch, trainer, state, logs: (logs, state))  # pyright: ignore[reportArgumentType]
+    ant.Callback(name="two", on_backward_end=lambda i, trainer, state, grads, logs: (state, logs))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="on_batch_end is called with"):
+        ant.Callback(name="few", on_batch_end=lambda i, state, logs: (state, logs))  # pyright: ignore[reportArgumentType]
+    ant.Callback(
+        name="right", on_backward_end=lambda i, trainer, state, grads, logs: (state, grads, {**logs, "x": 1.0})
+    )
+
+
 def test_every_hook_can_be_given_as_a_function():
     function = lambda *arguments: arguments[-2:]  # noqa: E731
     callback = ant.Callback(name="all", **dict.fromkeys(ant.HOOKS, function))  # pyright: ignore[reportArgumentType]

@@ -11,8 +11,8 @@ import pytest
 from problems import BATCH, adam, assert_bit_equal, batches, data, host, leaves_of, numbers, trainer
 
 import ant_jax as ant
+from ant_jax._host_fields import HostFields
 from ant_jax._seal import sealed, unsealed
-from ant_jax._state import HostFields
 
 
 def remember(name: str = "remember") -> ant.Callback:

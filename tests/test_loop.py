@@ -14,8 +14,8 @@ from problems import BATCH, LINEAR, adam, apply, assert_bit_equal, batches, cros
 
 import ant_jax as ant
 from ant_jax import HOOKS
+from ant_jax._host_fields import CYCLE
 from ant_jax._pace import Pace
-from ant_jax._state import CYCLE
 
 
 HOST_NAMES = [name for name, hook in HOOKS.items() if not hook.tree and name != "on_exception"]
@@ -470,7 +470,7 @@ def test_fit_goes_on_inside_an_epoch():
         assert_bit_equal(state, expected)
         assert same_history == history
         assert not spelled(log).startswith("TE")  # the epoch has begun already
-    with pytest.raises(ant.StateMismatch, match="state.log_sums is not of the form that this trainer, going on inside"):
+    with pytest.raises(ant.StateMismatch, match="state.host.log_sums is not of the form that this trainer, going on"):
         trainer(ant.callbacks.gradient_norm(), optimizer=adam()).fit(kept[2], loader, 2)
 
 
@@ -680,7 +680,6 @@ REPLACED: dict[str, Change] = {
     "key": lambda state: state.replace(key=jax.random.key(7)),
     "accumulator": lambda state: state.replace(accumulator=doubled(state.accumulator)),
     "loss_scale": lambda state: state.replace(loss_scale=doubled(state.loss_scale)),
-    "log_sums": lambda state: state.replace(log_sums=doubled(state.log_sums)),
     "callback_states, on the device": lambda state: state.with_callback_state(
         "ema", doubled(state.callback_states["ema"])
     ),
@@ -777,12 +776,11 @@ def test_every_host_hook_may_replace_every_field(place, replacing):
     """But for requests, and for what is there in the step alone."""
     others = {"stop", "host", "skip", "objective"}
     fields = {field.name for field in dataclasses.fields(ant.TrainState)} - others
-    assert fields == {*FIELDS, "log_sums"} == {name.partition(",")[0] for name in REPLACED}
+    assert fields == {*FIELDS} == {name.partition(",")[0] for name in REPLACED}
 
     def replace(state: ant.TrainState) -> ant.TrainState:
-        for field, change in REPLACED.items():
-            if field != "log_sums":  # of which an evaluation is not the end of an epoch's
-                state = change(state)
+        for change in REPLACED.values():
+            state = change(state)
         return state
 
     got, expected = replacing.replacing(place, replace)

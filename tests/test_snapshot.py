@@ -12,17 +12,18 @@ import pytest
 from problems import adam, assert_bit_equal, batches, host, trainer
 
 import ant_jax as ant
-from ant_jax._snapshot import FIELDS, HOST_FIELDS, taken
-from ant_jax._state import HostFields
+from ant_jax._host_fields import PLAIN_FIELDS, HostFields
+from ant_jax._snapshot import taken
+from ant_jax._state import DATA_FIELDS
 
 
 def test_every_field_of_a_state_is_saved():
     """Whoever adds a field decides how it is saved."""
     fields = {field.name for field in dataclasses.fields(ant.TrainState)}
     inside_the_step = {"skip", "objective"}
-    assert fields == {*FIELDS, "callback_states", "stop", "host", *inside_the_step}
+    assert fields == {*DATA_FIELDS, "callback_states", "stop", "host", *inside_the_step}
     host_fields = set(HostFields._fields)
-    assert host_fields == {*HOST_FIELDS, "history", "published", "windows", "loader"}
+    assert host_fields == {*PLAIN_FIELDS, "history", "log_sums", "published", "windows", "loader", "device_names"}
 
 
 CONTAINERS: dict[str, Any] = {

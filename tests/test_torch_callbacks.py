@@ -1,8 +1,8 @@
 """The seven callbacks that the torch system's page shows for users to write, ported line by line.
 
-What changes in each port is what the README's table says: hooks take `state` before `logs` and return both,
-configuration is fields of a frozen dataclass, and what was remembered on `self` is memory made by `init`, or, when it
-is a resource such as an open file, made in `on_train_begin`.
+What changes in each port is what the table of `docs/guides/torch.md` says: hooks take `state` before `logs` and return
+both, configuration is fields of a frozen dataclass, and what was remembered on `self` is memory made by `init`, or,
+when it is a resource such as an open file, made in `on_train_begin`.
 """
 
 import dataclasses

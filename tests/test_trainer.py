@@ -308,7 +308,7 @@ def test_a_step_can_be_a_part_of_a_compiled_function(stopping):
         compiled, logs = step(compiled, batch)
         assert_bit_equal(by_hand, compiled)
         assert {name: float(value) for name, value in logs.items()} == {n: float(v) for n, v in expected.items()}
-    assert bool(compiled.stop) is by_hand.stop is stopping
+    assert bool(compiled.stop) is bool(by_hand.stop) is stopping
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches(3))
     scanned, _ = jax.jit(lambda state, batches: jax.lax.scan(a_trainer.train_step, state, batches))(start, stacked)
     assert scanned.step == 3

@@ -80,7 +80,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ant_jax._state import StateMismatch, strong
+from ant_jax._host_fields import StateMismatch
+from ant_jax._state import strong
 from ant_jax._trees import PyTree
 from ant_jax.interop._layouts import Shape
 from ant_jax.interop._pairing import Pair, paired

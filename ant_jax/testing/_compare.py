@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ant_jax._encoding import encoded
-from ant_jax._state import TrainState
+from ant_jax._host_fields import PLAIN_FIELDS
+from ant_jax._state import DATA_FIELDS, TrainState
 from ant_jax._trees import named_leaves
 
 
@@ -38,12 +39,15 @@ def difference(expected: TrainState, got: TrainState) -> str:
 
 def described(state: TrainState) -> dict[str, Any]:
     """Everything in a state but its history, by name, as values that can be compared."""
-    fields = ("step", "cycle", "params", "model_state", "opt_state", "key", "accumulator", "loss_scale")
-    tree = {field: getattr(state, field) for field in fields}
+    host = state.on_host()
+    tree = {field: getattr(state, field) for field in DATA_FIELDS} | {"host": {"log_sums": host.log_sums}}
     device = {name: m for name, m in state.callback_states.items() if name not in host_memories(state)}
     arrays = {f"state.{path}": bytes_of(leaf) for path, leaf in named_leaves(tree).items()}
     arrays |= {f"state.callback_states/{path}": bytes_of(leaf) for path, leaf in named_leaves(device).items()}
-    return arrays | {f"state.callback_states/{n}": as_text(m, n) for n, m in host_memories(state).items()}
+    arrays |= {f"state.callback_states/{n}": as_text(m, n) for n, m in host_memories(state).items()}
+    # How many steps a launch had is a fact of the process.
+    plain = {name: repr(getattr(host, name)) for name in (*PLAIN_FIELDS, "published") if name != "fused"}
+    return arrays | {f"state.host/{name}": text for name, text in plain.items()} | {"state.stop": bool(state.stop)}
 
 
 def bytes_of(leaf: Any) -> Any:

@@ -141,4 +141,4 @@ def other_data(directory: Any) -> None:
 
 
 def failing() -> ant.Callback:
-    return ant.Callback(name="failing", every=3, on_batch_end=lambda i, trainer, state, logs: (state, 1 // 0))
+    return ant.Callback(name="failing", every=3, on_batch_end=lambda i, trainer, state, logs: (state, {"x": 1 // 0}))
