@@ -73,7 +73,8 @@ def numbers(leaf: Any) -> np.ndarray:
 
 def leaves_of(state: ant.TrainState) -> list[np.ndarray]:
     """Everything in a state that is numbers, as numpy."""
-    return [numbers(leaf) for leaf in jax.tree.leaves((state.values(), state.on_host().log_sums))]
+    sums = None if state.host is None else state.host.log_sums
+    return [numbers(leaf) for leaf in jax.tree.leaves((state.values(), sums))]
 
 
 def assert_bit_equal(a: ant.TrainState, b: ant.TrainState, *fields: str) -> None:
