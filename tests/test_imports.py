@@ -27,11 +27,12 @@ LAYERS = [
     {"_branches", "_callback", "_feed", "_snapshot"},
     {"_checking"},
     {"_checkpoint", "_judging", "_live"},
+    {"_observed"},
     {"_events"},
     {"_step"},
     {"_engine"},
     {"_beginning", "_looks", "_run"},
-    {"_resume"},
+    {"_observers", "_resume"},
     {f"callbacks._{name}" for name in ("arguments", "averages", "background", "compile_time", "printing", "runs")},
     {"callbacks._measures", "callbacks._records"},
     {f"callbacks._{name}" for name in (
@@ -85,6 +86,7 @@ def test_a_module_imports_only_from_layers_below_its_own(name):
 
 FOR_CALLBACKS = {
     "_branches", "_callback", "_finite", "_history", "_hyperparams", "_judging", "_logs", "_memories", "_objective",
+    "_observed",
     "_packing", "_seal", "_trees", "_windows",
 }  # fmt: skip
 
