@@ -95,7 +95,8 @@ class Callback:
             epoch; ``range(a, b)``, once an epoch, at those batches; ``None``, whenever the host next has control. One
             look is one ``on_batch_begin`` and the ``on_batch_end`` that belongs to it; ``logs.window`` holds the
             batches between them.
-        observer: whether the callback only looks; a host callback, without a memory.
+        observer: whether the callback only looks; a host callback, without a memory. ``None``: as the class says, which
+            may have ``observer = True`` in its body.
         on_train_begin: and the other hooks, one function each; one that is not given is never called.
 
     Raises:
@@ -126,7 +127,7 @@ class Callback:
         init: Callable[[Any], Any] | None = None,
         traced: bool = False,
         every: int | range | None = 1,
-        observer: bool = False,
+        observer: bool | None = None,
         on_train_begin: HookFn | None = None,
         on_epoch_begin: HookFn | None = None,
         on_batch_begin: HookFn | None = None,

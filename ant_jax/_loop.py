@@ -34,7 +34,7 @@ A batch size that a callback asks for begins at its batch, in the order of the e
 
 What is published when a scope opens is still in the logs when it closes.
 
-Observers hear of the batches of a launch when it is done, and before any other hook runs on the host.
+The batch hooks of observers are called when a launch is done, and before any other hook runs on the host.
 """
 
 from __future__ import annotations
@@ -146,9 +146,9 @@ class Loop:
         with self._interrupts.installed(), self._run.costs.told_when_slow():
             try:
                 self._train()
-                self._observers.settle()
+                self._observers.flush()
             except BaseException as error:
-                self._observers.settle_at(error)
+                self._observers.flush_at(error)
                 state = self._state()
                 try:
                     self._events.tell(error, self._trainer, state)
@@ -184,8 +184,8 @@ class Loop:
             self._run.whole = False
         trained, evaluated = self._batches(epoch), {}
         if self._loaders.val is not None:
-            self._observers.settle_before("on_evaluate_begin")
-            self._observers.settle_before("on_evaluate_end")
+            self._observers.flush_before("on_evaluate_begin")
+            self._observers.flush_before("on_evaluate_end")
             state, evaluated = evaluate(
                 self._trainer,
                 self._events,
@@ -224,7 +224,8 @@ class Loop:
         state = self._live.get()
         if not self._run.whole:
             return state
-        windows = {look.callback.name: look.window for look in self._looks if look.open} | self._observers.open_windows()
+        looks = [*self._looks, *self._observers.looks]
+        windows = {look.callback.name: look.window for look in looks if look.open}
         return state.replace(host=state.on_host()._replace(windows=windows, loader=self._place))
 
     def _batches(self, epoch: int) -> Unpacked:
@@ -405,7 +406,7 @@ class Loop:
         elif over:
             self._observers.finish()
         if self._loaders.prefetch == 0:
-            self._observers.settle()  # what is read next may depend on what they have seen
+            self._observers.flush()  # what is read next may depend on what they have seen
         self._sum_published(logs, launch)
         if not over:
             self._run.whole = True
@@ -472,7 +473,7 @@ class Loop:
         self, name: str, lead: Any, logs: Mapping[str, Any], only: Container[str] | None = None
     ) -> Mapping[str, Any]:
         if self._events.has(name) and (only is None or only):
-            self._observers.settle_before(name, only)
+            self._observers.flush_before(name, only)
             given = self._state()
             state, logs = self._events.host_hook(name, lead, self._trainer, given, logs, only)
             if state is not given:

@@ -51,9 +51,8 @@ class ObservedState:
     >>> state.params
     Traceback (most recent call last):
     ...
-    ant_jax._observed.ObserverError: an observer cannot read state.params, because its hooks may run when later batches \
-have overwritten the arrays; make it another callback (observer=False), or publish what it needs as a log, from a \
-traced hook
+    ant_jax._observed.ObserverError: an observer cannot read state.params, because later batches may have overwritten \
+the arrays when its hooks run; set observer=False, or publish what it needs as a log, from a traced hook
     """
 
     __slots__ = ("_ago", "_facts")
@@ -107,12 +106,12 @@ traced hook
         field = getattr(TrainState, name, None)
         if callable(field):
             raise ObserverError(
-                f"an observer cannot call state.{name}, because it cannot change the run; make it another callback "
-                f"(observer=False)"
+                f"an observer cannot call state.{name}, because it only looks; set observer=False if the callback is "
+                f"to change the run or to read its arrays"
             )
         raise ObserverError(
-            f"an observer cannot read state.{name}, because its hooks may run when later batches have overwritten the "
-            f"arrays; make it another callback (observer=False), or publish what it needs as a log, from a traced hook"
+            f"an observer cannot read state.{name}, because later batches may have overwritten the arrays when its "
+            f"hooks run; set observer=False, or publish what it needs as a log, from a traced hook"
         )
 
     def __repr__(self) -> str:
@@ -209,7 +208,7 @@ class ObservedLogs(Logs):
         return self._rows.between(self._row, self._row + 1) if self._window is None else self._window()
 
     @property
-    def _values(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def _values(self) -> Any:
         values = {name: column[self._row] for name, column in self._rows.columns.items()}
         return values if self._published is None else values | self._published
 
@@ -229,30 +228,32 @@ class Rows:
     __slots__ = ("_columns", "_launch", "_window")
 
     def __init__(self, launch: Any):
-        self._launch = launch
-        self._window: Window | None = None
+        self._launch = launch  # None when it has been read, so that the device can free its logs
+        self._window = Window({}, {})
         self._columns: dict[str, Any] = {}
 
     @property
     def is_ready(self) -> bool:
         """Whether reading does not wait for the device."""
-        return self._window is not None or self._launch.rows.scalars.is_ready()
+        launch = self._launch
+        return launch is None or launch.rows.scalars.is_ready()
 
     @property
     def columns(self) -> dict[str, Any]:
         """Every log by its name, as a sequence of its values."""
-        if self._window is None:
-            self.window()
+        if self._launch is not None:
+            self._read()
         return self._columns
-
-    def window(self) -> Window:
-        """Return all batches as a window."""
-        if self._window is None:
-            launch, self._launch = self._launch, None  # the device can free its logs
-            self._window = window = launch.read()
-            self._columns = {**window, "batch_size": [launch.examples] * launch.steps}
-        return self._window
 
     def between(self, start: int, stop: int) -> Window:
         """Return the batches from ``start`` to ``stop`` as a window."""
-        return self.window().between(start, stop)
+        if self._launch is not None:
+            self._read()
+        return self._window.between(start, stop)
+
+    def _read(self) -> None:
+        launch = self._launch  # only once, because a callback may read in a thread
+        if launch is not None:
+            self._window = window = launch.read()
+            self._columns = {**window, "batch_size": [launch.examples] * launch.steps}
+            self._launch = None

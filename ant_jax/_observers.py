@@ -1,8 +1,8 @@
 """The batch hooks of observers, called after the launches.
 
-A launch trains on many batches, and the host knows their logs when it is done. So observers hear of the batches of a
-launch when the next one has been dispatched and this one is done, while the device is busy. What they have not heard of
-yet is told to them before any other hook runs on the host, so all hooks come in the order of the loop.
+The host knows the logs of a launch when it is done. So the hooks for its batches are called when the next launch has
+been dispatched, and the device is busy. Before any other hook runs on the host, what is pending is flushed: all hooks
+come in the order of the loop.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import collections
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ant_jax._callback import Callback, HookFn
 from ant_jax._engine import Launch
 from ant_jax._events import Events
 from ant_jax._live import Live
@@ -18,7 +19,7 @@ from ant_jax._logs import Logs, joined
 from ant_jax._looks import Look
 from ant_jax._observed import Facts, ObservedLogs, ObservedState, Rows, facts_of
 from ant_jax._run import Run
-from ant_jax._state import OpenWindow, TrainState
+from ant_jax._state import TrainState
 from ant_jax._windows import Window
 
 
@@ -45,6 +46,10 @@ class ObserverLook(Look):
 
     __slots__ = ("since",)
 
+    def __init__(self, callback: Callback, hooks: Mapping[str, HookFn]):
+        super().__init__(callback, hooks)
+        self.since = 0
+
     def begins(self, batch_idx: int) -> bool:
         """Whether a window begins before this batch."""
         return self.every == 1 or super().begins(batch_idx)
@@ -53,16 +58,25 @@ class ObserverLook(Look):
         """Open the window, at a batch of the launch; observers publish nothing."""
         self.open, self.since = self.every != 1, since
 
+    def next_after(self, batch_idx: int) -> int | None:
+        """The next batch at which a window must begin or end; ``None`` when none must."""
+        if isinstance(self.every, range):
+            return next((at for at in (self.every.start, self.every.stop - 1) if at > batch_idx), None)
+        if self.every is None:
+            return None
+        place = (batch_idx + 1) % self.every
+        return batch_idx + 1 if place == 0 else batch_idx + self.every - place
 
-class _Told(NamedTuple):
-    """The batches of one launch, as observers are to hear of them.
+
+class _Delivery(NamedTuple):
+    """The batches of one launch, for which the hooks of observers are to be called.
 
     Attributes:
         launch: which one.
         rows: its logs.
         looks: of the epoch.
         after: the facts after its last batch.
-        begun: whether observers have heard that its first batch begins.
+        begun: whether ``on_batch_begin`` of its first batch has been called.
         over: whether no batch follows in the epoch.
     """
 
@@ -73,16 +87,21 @@ class _Told(NamedTuple):
     begun: bool
     over: bool = False
 
+    @property
+    def first(self) -> int:
+        """The first batch."""
+        return self.after.batch_idx - self.launch.steps
+
 
 class Observers:
-    """The observers of one call of ``fit``, and what they have not heard of yet.
+    """The observers of one call of ``fit``, and the launches that are pending.
 
     Args:
         events: the callbacks of the run.
         trainer: what hooks are given.
         live: the state of the run.
-        run: the run's facts. While observers hear of batches the run is not whole, so that one that goes on after an
-            exception there tells them again.
+        run: the run's facts. While hooks of observers are called the run is not whole, because a run that goes on from
+            there would leave out batches.
 
     Attributes:
         looks: those of the epoch under way.
@@ -91,8 +110,8 @@ class Observers:
     def __init__(self, events: Events, trainer: Any, live: Live, run: Run):
         self._events, self._trainer, self._live, self._run = events, trainer, live, run
         self._order = [callback.name for callback in events.callbacks]
-        self._waiting: collections.deque[_Told] = collections.deque()
-        self._last: _Told | None = None  # of those that observers have heard of
+        self._pending: collections.deque[_Delivery] = collections.deque()
+        self._last: _Delivery | None = None  # of which hooks have been called
         self._begun = False
         self.looks: list[ObserverLook] = []
 
@@ -110,56 +129,58 @@ class Observers:
         """End them."""
         self.looks = []
 
-    def open_windows(self) -> dict[str, OpenWindow]:
-        """Return the windows that are open, by the callback's name."""
-        return {look.callback.name: look.window for look in self.looks if look.open}
-
     def launched(self, launch: Launch) -> None:
-        """Note a launch that is dispatched, and tell of those before it that are done."""
+        """Note a launch that is dispatched, and deliver those before it that are done."""
         if not self.looks:
             return
-        while self._waiting and self._waiting[0].rows.is_ready:
-            self._tell(self._waiting.popleft())
-        self._waiting.append(_Told(launch, Rows(launch), self.looks, self._facts(launch), self._begun))
+        while self._pending and self._pending[0].rows.is_ready:
+            self._deliver(self._pending.popleft())
+        self._pending.append(_Delivery(launch, Rows(launch), self.looks, self._facts(launch), self._begun))
         self._begun = False
 
     def finish(self) -> None:
         """Note that no batch follows in the epoch."""
-        if self._waiting:
-            self._waiting[-1] = self._waiting[-1]._replace(over=True)
+        if self._pending:
+            self._pending[-1] = self._pending[-1]._replace(over=True)
             return
         for look in self.looks:
             if look.open:
                 self.look("on_batch_end", look, self._live.host.batch_idx - 1, {})
 
-    def settle(self) -> None:
-        """Tell of all batches that are trained on."""
-        while self._waiting:
-            self._tell(self._waiting.popleft())
+    def flush(self) -> None:
+        """Call the hooks for all batches that are trained on."""
+        while self._pending:
+            self._deliver(self._pending.popleft())
 
-    def settle_before(self, name: str, only: Any = None) -> None:
-        """Do so before a hook, if any of these callbacks has it on the host."""
-        if self._waiting and self._events.runs_on_host(name, only):
-            self.settle()
+    def flush_before(self, name: str, only: Any = None) -> None:
+        """Flush before a hook, if any of these callbacks has it on the host."""
+        if self._pending and self._events.runs_on_host(name, only):
+            self.flush()
 
-    def settle_at(self, error: BaseException) -> None:
-        """Do so before ``on_exception``; an observer that fails at it does not hide the error."""
+    def flush_at(self, error: BaseException) -> None:
+        """Flush before ``on_exception``; an observer that fails then does not hide the error."""
         try:
-            self.settle()
+            self.flush()
         except Exception as second:
-            error.add_note(f"telling observers of the batches before failed too: {second!r}")
+            error.add_note(f"an observer failed too, at a batch before: {second!r}")
 
     def beginning(self, looks: Sequence[Look], batch_idx: int) -> list[Look]:
-        """Tell of all batches before this one, at which some other callbacks' looks begin; add those of observers."""
-        self.settle()
+        """Flush before looks of other callbacks begin at a batch; add those of observers, in the order of the list."""
+        self.flush()
         self._begun = True
         return self._in_order(looks, [look for look in self.looks if look.begins(batch_idx)])
 
     def ending(self, looks: Sequence[Look], done: int, over: bool) -> list[Look]:
-        """Do so where looks end, after which so many batches of the epoch are done; ``over``: or all batches."""
-        ended_before = not self._waiting
-        while self._waiting:
-            self._tell(self._waiting.popleft(), but_for_the_end=not self._waiting)
+        """Flush, but for the end of the last batch, where looks of other callbacks end; add as ``beginning`` does.
+
+        Args:
+            looks: that end.
+            done: batches of the epoch that are done.
+            over: whether no batch follows in the epoch.
+        """
+        ended_before = not self._pending
+        while self._pending:
+            self._deliver(self._pending.popleft(), hold_end=not self._pending)
         ending = [
             look
             for look in self.looks
@@ -199,50 +220,56 @@ class Observers:
         each = 0 if launch is None else launch.examples
         return Facts(*place, host.history, self._live.total_steps, self._live.stop, each)
 
-    def _tell(self, told: _Told, but_for_the_end: bool = False) -> None:
-        """Tell of the batches of a launch, but for the end of the last where others are told of it, too."""
+    def _deliver(self, delivery: _Delivery, hold_end: bool = False) -> None:
+        """Call the hooks for the batches of a launch, but for ``on_batch_end`` of the last with ``hold_end``."""
         whole, self._run.whole = self._run.whole, False
-        self._last = told
+        self._last = delivery
         try:
-            self._tell_each(told, but_for_the_end)
+            self._deliver_each(delivery, hold_end)
         except BaseException:
-            self._waiting.clear()
+            self._pending.clear()
             raise
-        for look in told.looks:
+        for look in delivery.looks:
             if look.open:
-                look.passed(Part(told.rows, look.since, told.launch.steps))
+                look.passed(Part(delivery.rows, look.since, delivery.launch.steps))
                 look.since = 0
         self._run.whole = whole
 
-    def _tell_each(self, told: _Told, but_for_the_end: bool) -> None:
-        launch, rows, looks, after, begun, over = told
+    def _deliver_each(self, delivery: _Delivery, hold_end: bool) -> None:
+        looks, steps, first = delivery.looks, delivery.launch.steps, delivery.first
         beginning = [look for look in looks if look.every != 1 or "on_batch_begin" in look.hooks]
-        at_begin = Logs({"batch_size": launch.examples})
-        first, last = after.batch_idx - launch.steps, launch.steps - 1
-        for row in range(launch.steps):
-            batch_idx = first + row
-            if beginning and not (begun and row == 0):
-                before = ObservedState(after, launch.steps - row)
+        at_begin = Logs({"batch_size": delivery.launch.examples})
+        has_every = any(look.every == 1 for look in looks)
+        row = 0
+        while row < steps:
+            if beginning and not (delivery.begun and row == 0):
+                state = ObservedState(delivery.after, steps - row)
                 for look in beginning:
-                    if look.begins(batch_idx):
+                    if look.begins(first + row):
                         look.begin({}, row)
-                        self._call(look, "on_batch_begin", batch_idx, before, at_begin)
-            if but_for_the_end and row == last:
+                        self._call(look, "on_batch_begin", first + row, state, at_begin)
+            is_last = row == steps - 1
+            if is_last and hold_end:
                 return
-            state = ObservedState(after, last - row)
-            at_end = ObservedLogs(rows, row)
+            state, logs = ObservedState(delivery.after, steps - 1 - row), ObservedLogs(delivery.rows, row)
             for look in looks:
                 if look.every == 1:
-                    self._call(look, "on_batch_end", batch_idx, state, at_end)
-                elif look.open and self._ends(look, batch_idx + 1, row == last, over):
-                    look.passed(Part(rows, look.since, row + 1))
-                    self._call(look, "on_batch_end", batch_idx, state, ObservedLogs(rows, row, look.close()))
+                    self._call(look, "on_batch_end", first + row, state, logs)
+                elif look.open and self._ends(look, first + row + 1, is_last, delivery.over):
+                    look.passed(Part(delivery.rows, look.since, row + 1))
+                    self._call(look, "on_batch_end", first + row, state, ObservedLogs(delivery.rows, row, look.close()))
+            row = row + 1 if has_every or is_last else self._next_row(delivery, row)
 
     def _ends(self, look: Look, done: int, is_last: bool, over: bool) -> bool:
         if is_last and over:
             return True
         # With `every=None` the host has control after the launch, and not inside it.
-        return look.ends(done) if look.every is not None else is_last and look.ends(done)
+        return (is_last or look.every is not None) and look.ends(done)
+
+    def _next_row(self, delivery: _Delivery, row: int) -> int:
+        """The next batch of the launch at which a window begins or ends; the last if there is none."""
+        borders = (look.next_after(delivery.first + row) for look in delivery.looks)
+        return min([delivery.launch.steps - 1, *(at - delivery.first for at in borders if at is not None)])
 
     def _call(self, look: Look, name: str, batch_idx: int, state: ObservedState, logs: Logs) -> None:
         hook = look.hooks.get(name)
