@@ -7,11 +7,11 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Never
+from typing import Any, Literal, Never, Unpack, overload
 
 import numpy as np
 
-from ant_jax._hook_types import ExceptionHook, IndexedHook, RunHook, TreeHook
+from ant_jax._hook_types import Hooks, ObserverHooks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ STEP_HOOKS = tuple(name for name, hook in HOOKS.items() if hook.tree)  # always 
 BATCH_HOOKS = ("on_batch_begin", "on_batch_end")  # in the step when the callback is traced
 HOST_HOOKS = ("on_checkpoint", "on_exception")  # on the host, even of a traced callback
 
-HookFn = Callable[..., tuple[Any, ...]]
+HookFn = Callable[..., tuple[Any, ...] | None]  # ``None``: only of observers
 
 
 class Callback:
@@ -76,6 +76,19 @@ class Callback:
     other hooks run on the host unless the callback is ``traced``: then its batch hooks run inside the step too, and its
     other hooks are pure JAX as well. ``on_checkpoint`` and ``on_exception`` always run on the host.
 
+    An ``observer`` only looks, so its hooks may return nothing. It costs no launch, however often it looks: its batch
+    hooks are called after a launch, batch by batch, in the order of the loop::
+
+        def on_batch_end(batch_idx, trainer, state, logs):
+            print(f"epoch {state.epoch}, batch {batch_idx}: {logs['loss']:.4f}")
+
+        log = ant_jax.Callback(name="log", observer=True, on_batch_end=on_batch_end)
+
+    By then later batches may have been trained on, so it sees of the state only what the host knows (``step``,
+    ``total_steps``, ``epoch``, ``batch_idx``, ``examples``, ``batch_size``, ``history``, ``stop``), and can change
+    neither the state nor the logs. The logs of a batch are numbers of numpy. What waits to be told is told before a
+    hook of any other callback runs, and before an exception is. ``on_checkpoint`` comes at the ends of epochs alone.
+
     Args:
         name: unique among the callbacks of a trainer; by default, a subclass's name in snake_case.
         init: ``init(state) -> memory``, any pytree.
@@ -84,11 +97,13 @@ class Callback:
             epoch; ``range(a, b)``, once an epoch, at those batches; ``None``, whenever the host next has control. One
             look is one ``on_batch_begin`` and the ``on_batch_end`` that belongs to it; ``logs.window`` holds the
             batches between them.
+        observer: whether the callback only looks; a host callback, without a memory. ``None``: as the class says, which
+            may have ``observer = True`` in its body.
         on_train_begin: and the other hooks, one function each; one that is not given is never called.
 
     Raises:
         TypeError: a hook that does not exist, or one that cannot be called.
-        ValueError: a bad ``every``.
+        ValueError: a bad ``every``; an observer that is traced, has a hook inside the step, or an ``init``.
 
     >>> double = Callback(
     ...     name="double",
@@ -105,7 +120,28 @@ class Callback:
     name: str = ""
     traced: bool = False
     every: int | range | None = 1
+    observer: bool = False
 
+    @overload
+    def __init__(
+        self,
+        *,
+        observer: Literal[True],
+        name: str = ...,
+        every: int | range | None = ...,
+        **hooks: Unpack[ObserverHooks],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        *,
+        observer: Literal[False] | None = ...,
+        name: str = ...,
+        init: Callable[[Any], Any] | None = ...,
+        traced: bool = ...,
+        every: int | range | None = ...,
+        **hooks: Unpack[Hooks],
+    ) -> None: ...
     def __init__(
         self,
         *,
@@ -113,26 +149,28 @@ class Callback:
         init: Callable[[Any], Any] | None = None,
         traced: bool = False,
         every: int | range | None = 1,
-        on_train_begin: RunHook | None = None,
-        on_epoch_begin: IndexedHook | None = None,
-        on_batch_begin: IndexedHook | None = None,
-        on_backward_end: TreeHook | None = None,
-        on_before_update: TreeHook | None = None,
-        on_before_apply: TreeHook | None = None,
-        on_batch_end: IndexedHook | None = None,
-        on_evaluate_begin: RunHook | None = None,
-        on_evaluate_end: RunHook | None = None,
-        on_epoch_end: IndexedHook | None = None,
-        on_checkpoint: RunHook | None = None,
-        on_train_end: RunHook | None = None,
-        on_exception: ExceptionHook | None = None,
+        observer: bool | None = None,
+        on_train_begin: HookFn | None = None,
+        on_epoch_begin: HookFn | None = None,
+        on_batch_begin: HookFn | None = None,
+        on_backward_end: HookFn | None = None,
+        on_before_update: HookFn | None = None,
+        on_before_apply: HookFn | None = None,
+        on_batch_end: HookFn | None = None,
+        on_evaluate_begin: HookFn | None = None,
+        on_evaluate_end: HookFn | None = None,
+        on_epoch_end: HookFn | None = None,
+        on_checkpoint: HookFn | None = None,
+        on_train_end: HookFn | None = None,
+        on_exception: HookFn | None = None,
         **misspelt: Never,
     ):
         arguments = locals()
         if misspelt:
-            raise _misspelt(f"Callback {name!r}", next(iter(misspelt)), ("name", "init", "traced", "every", *HOOKS))
+            known = "name", "init", "traced", "every", "observer", *HOOKS
+            raise _misspelt(f"Callback {name!r}", next(iter(misspelt)), known)
         given = {"name": name or self.name, "init": init, **{hook: arguments[hook] for hook in HOOKS}}
-        for attribute, value in {"traced": traced, "every": every, **given}.items():
+        for attribute, value in {"traced": traced, "every": every, "observer": observer, **given}.items():
             if value is not None or attribute == "every":
                 object.__setattr__(self, attribute, value)
         _check(self)
@@ -167,6 +205,14 @@ def hooks_of(callback: Callback) -> dict[str, HookFn]:
 def in_step(callback: Callback) -> bool:
     """Whether any hook of ``callback`` runs inside compiled code, so that its memory lives on the device."""
     return callback.traced or any(name in STEP_HOOKS for name in hooks_of(callback))
+
+
+def place_of(callback: Callback, name: str, lead: Any, epoch: int) -> str:
+    """Say where in a run a hook of ``callback`` was called, with ``lead`` before the trainer."""
+    where = f"epoch {lead if HOOKS[name].lead == 'epoch' else epoch}"
+    if HOOKS[name].lead == "batch_idx":
+        where += f", batch {lead}"
+    return f"in {name} of callback {callback.name!r} ({where})"
 
 
 class LateInit:
@@ -228,6 +274,27 @@ def _check(callback: Callback) -> None:
     if callback.traced and every != 1:
         raise ValueError(
             f"callback {callback.name!r} is traced, so it runs in every step; every={every!r} is for host ones"
+        )
+    if callback.observer:
+        _check_observer(callback)
+
+
+def _check_observer(callback: Callback) -> None:
+    if callback.traced:
+        raise ValueError(
+            f"callback {callback.name!r} is an observer and traced; an observer looks on the host, after the steps, so "
+            f"leave out traced=True, or observer=True if it is to change the run"
+        )
+    for hook in STEP_HOOKS:
+        if hook in hooks_of(callback):
+            raise ValueError(
+                f"callback {callback.name!r} is an observer, and {hook} runs inside the step; publish what it computes "
+                f"as a log, in a callback of its own, or set observer=False"
+            )
+    if getattr(callback.init, "__func__", None) is not Callback.init:
+        raise ValueError(
+            f"callback {callback.name!r} is an observer, and its hooks could not replace the memory that init makes; "
+            f"let on_train_begin open what it needs for a run, or set observer=False"
         )
 
 

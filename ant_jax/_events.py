@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -22,9 +22,11 @@ from ant_jax._callback import (
     hooks_of,
     in_order_of_init,
     in_step,
+    place_of,
 )
 from ant_jax._judging import is_number, judged, refuse_assignment
 from ant_jax._logs import Logs
+from ant_jax._observed import ObservedState, call_observer, observed
 from ant_jax._state import TrainState, scalar, strong
 from ant_jax._trees import refuse_unsortable
 
@@ -39,7 +41,9 @@ class Events:
     Attributes:
         callbacks: the same, as a tuple.
         device_names: the callbacks whose memory lives on the device.
-        watchers: the host callbacks that have batch hooks, each with those hooks by name.
+        watchers: the host callbacks that have batch hooks, each with those hooks by name, but for observers.
+        observers: the observers that have batch hooks, in the same way.
+        observe: what makes of a state what an observer sees of it.
         seconds: how long each callback's hooks have taken on the host so far, by the callback's name; of the run alone,
             where they are those of a run.
     """
@@ -58,10 +62,12 @@ class Events:
                     function = _Compiled(name, function, trainer, self.device_names)
                 (self._in_step if inside else self._outside)[name].append((callback, function))
         self.watchers: list[tuple[Callback, dict[str, HookFn]]] = []
+        self.observers: list[tuple[Callback, dict[str, HookFn]]] = []
+        self.observe: Callable[[TrainState], ObservedState] = observed
         for callback in self.callbacks:
             hooks = {name: hook for name in BATCH_HOOKS for owner, hook in self._outside[name] if owner is callback}
             if hooks:
-                self.watchers.append((callback, hooks))
+                (self.observers if callback.observer else self.watchers).append((callback, hooks))
 
     def of_run(self) -> Events:
         """Return the same callbacks for one run, which counts ``seconds`` of its own."""
@@ -132,6 +138,16 @@ class Events:
         """
         return self._on_host(callback, name, hook, batch_idx, trainer, (state, logs), watch_assignment)
 
+    def observer_hook(
+        self, callback: Callback, name: str, hook: HookFn, lead: Any, trainer: Any, state: ObservedState, logs: Logs
+    ) -> None:
+        """Run a hook of one observer; arguments as in ``host_hook``."""
+        began = time.perf_counter()
+        try:
+            call_observer(callback, name, hook, lead, trainer, state, logs)
+        finally:
+            self.seconds[callback.name] += time.perf_counter() - began
+
     def tell(self, error: BaseException, trainer: Any, state: TrainState) -> None:
         """Run ``on_exception``; a callback that fails at it hides neither the error nor the other callbacks' turn."""
         for callback, function in self._outside["on_exception"]:
@@ -144,6 +160,13 @@ class Events:
         """Whether any callback has this hook outside the step."""
         return bool(self._outside[name])
 
+    def runs_on_host(self, name: str, only: Container[str] | None = None) -> bool:
+        """Whether this hook of any callback, or of any among those of these names, is not compiled."""
+        return any(
+            not isinstance(function, _Compiled) and (only is None or callback.name in only)
+            for callback, function in self._outside[name]
+        )
+
     def _on_host(
         self,
         callback: Callback,
@@ -154,6 +177,9 @@ class Events:
         given: tuple[TrainState, Logs],
         watch_assignment: bool = True,
     ) -> tuple[TrainState, Logs]:
+        if callback.observer:
+            self.observer_hook(callback, name, function, lead, trainer, self.observe(given[0]), given[1])
+            return given
         began = time.perf_counter()
         try:
             state, logs = _call(callback, name, function, lead, trainer, given, self.device_names, watch_assignment)
@@ -274,7 +300,4 @@ def _leaves(given: tuple[Any, ...]) -> list[Any]:
 def _blame(callback: Callback, name: str, lead: Any, state: TrainState) -> str:
     if state.host is None:
         return f"in {name} of callback {callback.name!r}, while tracing the compiled step"
-    where = f"epoch {lead if HOOKS[name].lead == 'epoch' else state.host.epoch}"
-    if HOOKS[name].lead == "batch_idx":
-        where += f", batch {lead}"
-    return f"in {name} of callback {callback.name!r} ({where})"
+    return place_of(callback, name, lead, state.epoch)

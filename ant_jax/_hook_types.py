@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeAlias, TypedDict
 
 from ant_jax._logs import Logs
 from ant_jax._state import TrainState
@@ -39,3 +39,36 @@ class ExceptionHook(Protocol):
     def __call__(
         self, exception: BaseException, trainer: Any, state: TrainState, logs: Logs, /
     ) -> tuple[TrainState, LogsOut]: ...
+
+
+class Hooks(TypedDict, total=False):
+    """The hooks of a callback, by name."""
+
+    on_train_begin: RunHook | None
+    on_epoch_begin: IndexedHook | None
+    on_batch_begin: IndexedHook | None
+    on_backward_end: TreeHook | None
+    on_before_update: TreeHook | None
+    on_before_apply: TreeHook | None
+    on_batch_end: IndexedHook | None
+    on_evaluate_begin: RunHook | None
+    on_evaluate_end: RunHook | None
+    on_epoch_end: IndexedHook | None
+    on_checkpoint: RunHook | None
+    on_train_end: RunHook | None
+    on_exception: ExceptionHook | None
+
+
+class ObserverHooks(TypedDict, total=False):
+    """The hooks of an observer, which may return nothing."""
+
+    on_train_begin: Callable[..., Any] | None
+    on_epoch_begin: Callable[..., Any] | None
+    on_batch_begin: Callable[..., Any] | None
+    on_batch_end: Callable[..., Any] | None
+    on_evaluate_begin: Callable[..., Any] | None
+    on_evaluate_end: Callable[..., Any] | None
+    on_epoch_end: Callable[..., Any] | None
+    on_checkpoint: Callable[..., Any] | None
+    on_train_end: Callable[..., Any] | None
+    on_exception: Callable[..., Any] | None

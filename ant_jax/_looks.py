@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from ant_jax._callback import Callback, HookFn
-from ant_jax._engine import Launch
 from ant_jax._host_fields import OpenWindow
 from ant_jax._logs import Logs
 from ant_jax._pace import LAUNCH_SECONDS
 from ant_jax._windows import Window, joined
+
+
+class Passed(Protocol):
+    """Batches that have passed in a window: a launch, a part of one, or those before the run went on."""
+
+    def read(self) -> Window:
+        """Return their logs; waits for the device."""
+        ...
 
 
 class Look:
@@ -39,7 +46,7 @@ class Look:
         self.callback, self.hooks, self.every = callback, hooks, callback.every
         self.open = False
         self._published: Mapping[str, Any] = {}
-        self._launches: list[Launch | _Passed] = []
+        self._launches: list[Passed] = []
         self._seen: set[str] = set()
         self._ended_at = time.monotonic()
 
@@ -66,7 +73,7 @@ class Look:
             window = windows.get(self.callback.name)
             if window is not None:
                 self.open, self._published = True, window.published
-                self._launches.append(_Passed(window))
+                self._launches.append(_Before(window))
         elif isinstance(self.every, range):
             self.open = self.every.start < batch_idx < self.every.stop
         else:
@@ -88,8 +95,8 @@ class Look:
         """Open the window, at whose beginning the callback has published something, or nothing."""
         self.open, self._published = True, published
 
-    def passed(self, launch: Launch) -> None:
-        """Note the logs of a launch, if the window is open."""
+    def passed(self, launch: Passed) -> None:
+        """Note the logs of a launch or of a part of one, if the window is open."""
         if self.open:
             self._launches.append(launch)
 
@@ -101,20 +108,25 @@ class Look:
 
     def end(self, logs: Mapping[str, Any]) -> Logs:
         """Close the window; returns ``logs`` for its end, with all that has passed in it."""
+        read = self.close()
+        return Logs({**logs, **self._published} if self._published else logs, read)
+
+    def close(self) -> Callable[[], Window]:
+        """Close the window; returns what reads all that has passed in it."""
         launches, self._launches = self._launches, []
         self.open = False
         if self.every is None:
             self._ended_at = time.monotonic()
-        return Logs({**logs, **self._published} if self._published else logs, lambda: _read(launches))
+        return lambda: _read(launches)
 
 
-class _Passed:
+class _Before:
     """The batches of a window that had passed before the run went on."""
 
     def __init__(self, window: OpenWindow):
         self.read = window.read
 
 
-def _read(launches: Sequence[Launch | _Passed]) -> Window:
+def _read(launches: Sequence[Passed]) -> Window:
     """Join the logs of launches; waits for the device."""
     return joined([launch.read() for launch in launches])

@@ -33,6 +33,8 @@ after that look. With ``prefetch=0`` a batch is read after the hooks of the one 
 A batch size that a callback asks for begins at its batch, in the order of the examples that the epoch has.
 
 What is published when a scope opens is still in the logs when it closes.
+
+The batch hooks of observers are called when a launch is done, and before any other hook runs on the host.
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ from ant_jax._interrupt import TERMINATED, Interrupts
 from ant_jax._live import Live
 from ant_jax._logs import Logs, joined
 from ant_jax._looks import Look
+from ant_jax._observers import Observers
 from ant_jax._pace import LAUNCH_SECONDS, Pace
 from ant_jax._packing import Unpacked
 from ant_jax._reader import Place, Reader
@@ -132,6 +135,8 @@ class Loop:
             self._reader = Reader(loaders.train, "train_loader", loaders.steps_per_epoch, place)
         self._rows: dict[Any, int | None] = {}  # of every program's chunks: kept, since others would compile
         self._live = Live(state.replace(host=_without_places(host)), events.device_names)
+        self._observers = Observers(events, trainer, self._live, run)
+        events.observe = self._observers.observe
         self._interrupts = Interrupts()
         self._deferred: tuple[Mapping[str, Any], Container[str]] | None = None
         self._looks: list[Look] = []
@@ -142,7 +147,9 @@ class Loop:
         with self._interrupts.installed(), self._run.costs.told_when_slow():
             try:
                 self._train()
+                self._observers.flush()
             except BaseException as error:
+                self._observers.flush_at(error)
                 state = self._state()
                 try:
                     self._events.tell(error, self._trainer, state)
@@ -178,6 +185,8 @@ class Loop:
             self._run.whole = False
         trained, evaluated = self._batches(epoch), {}
         if self._loaders.val is not None:
+            self._observers.flush_before("on_evaluate_begin")
+            self._observers.flush_before("on_evaluate_end")
             state, evaluated = evaluate(
                 self._trainer,
                 self._events,
@@ -201,6 +210,7 @@ class Loop:
         if self._loaders.steps_per_epoch is None and not isinstance(self._train_loader, Iterator):
             self._place = None  # it begins anew
         self._looks = []
+        self._observers.end_epoch()
         self._reach_whole(closing)
         return closing
 
@@ -215,13 +225,15 @@ class Loop:
         state = self._live.get()
         if not self._run.whole:
             return state
-        windows = {look.callback.name: look.window for look in self._looks if look.open}
+        looks = [*self._looks, *self._observers.looks]
+        windows = {look.callback.name: look.window for look in looks if look.open}
         return state.replace(host=state.on_host()._replace(windows=windows, loader=self._place))
 
     def _batches(self, epoch: int) -> Unpacked:
         """Train on the batches of an epoch; returns their means as ``train_`` logs."""
         live = self._live
         self._looks = looks = [Look(*watcher) for watcher in self._events.watchers]
+        self._observers.begin_epoch()
         program = None
         done = live.host.batch_idx
         if live.stop and done > 0 and done % self._window == 0:  # the run goes on where its batches were over
@@ -351,7 +363,7 @@ class Loop:
             return
         expected, _ = jax.eval_shape(program.begin_epoch, part.accumulator)
         refuse_mismatch("host.log_sums", expected, part.log_sums, "this trainer, going on inside an epoch,")
-        for look in [] if begun else looks:
+        for look in [] if begun else [*looks, *self._observers.looks]:
             look.resume(start, self._open_windows)
 
     def _is_over(self, cursor: Cursor) -> bool:
@@ -376,20 +388,26 @@ class Loop:
         batch_idx = cursor.batch_idx
         beginning = [look for look in looks if look.begins(batch_idx)]
         if beginning:
+            beginning = self._observers.beginning(beginning, batch_idx)
             self._look("on_batch_begin", beginning, batch_idx, {"batch_size": cursor.chunk.examples})
 
     def _end_looks(self, looks: list[Look], cursor: Cursor, launch: Launch) -> bool:
         """End the windows that end here, or all when no more batches follow; returns whether that is so."""
         for look in looks:
             look.passed(launch)
+        self._observers.launched(launch)
         over, done = self._is_over(cursor), cursor.batch_idx
         logs: Mapping[str, Any] = launch.latest
         ending = [look for look in looks if look.open and (over or look.ends(done))]
         if ending:
-            logs = self._look("on_batch_end", ending, done - 1, logs)
+            logs = self._look("on_batch_end", self._observers.ending(ending, done, over), done - 1, logs)
             if not over and self._is_over(cursor):  # one has asked to stop: then the other windows end, too
-                over = True
-                logs = self._look("on_batch_end", [look for look in looks if look.open], done - 1, logs)
+                over, still_open = True, [look for look in looks if look.open]
+                logs = self._look("on_batch_end", self._observers.ending(still_open, done, over), done - 1, logs)
+        elif over:
+            self._observers.finish()
+        if self._loaders.prefetch == 0:
+            self._observers.flush()  # what is read next may depend on what they have seen
         self._sum_published(logs, launch)
         if not over:
             self._run.whole = True
@@ -400,8 +418,12 @@ class Loop:
 
     def _end_open(self, looks: list[Look], done: int, launch: Launch) -> None:
         """End the windows that are open after the last batch."""
-        logs = launch.latest
-        self._sum_published(self._look("on_batch_end", [look for look in looks if look.open], done - 1, logs), launch)
+        ending = [look for look in looks if look.open]
+        if ending:
+            ending = self._observers.ending(ending, done, over=True)
+            self._sum_published(self._look("on_batch_end", ending, done - 1, launch.latest), launch)
+        else:
+            self._observers.finish()
 
     def _reach_deferred(self) -> None:
         """Come to the place that is whole after a batch, where it is known that another one follows."""
@@ -413,6 +435,9 @@ class Loop:
         """Run a batch hook of some host callbacks, in their order, and begin or end their windows."""
         given = state = None
         for look in looks:
+            if look.callback.observer:
+                self._observers.look(name, look, batch_idx, logs)
+                continue
             before = logs = look.end(logs) if name == "on_batch_end" else Logs(logs)
             if name in look.hooks:
                 if state is None:
@@ -449,6 +474,7 @@ class Loop:
         self, name: str, lead: Any, logs: Mapping[str, Any], only: Container[str] | None = None
     ) -> Mapping[str, Any]:
         if self._events.has(name) and (only is None or only):
+            self._observers.flush_before(name, only)
             given = self._state()
             state, logs = self._events.host_hook(name, lead, self._trainer, given, logs, only)
             if state is not given:

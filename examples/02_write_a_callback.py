@@ -8,8 +8,9 @@ One rule holds for every hook: what comes after `trainer` goes in and comes out,
    same bits;
 2. a callback that rewrites gradients inside the compiled step and has a memory of its own;
 3. a callback on the host that looks every 20 batches and still sees the values of every batch;
-4. all of them at once, together with some that the library has;
-5. how to test a callback: `ant_jax.testing.check_callback` holds it to what the library's own are held to.
+4. an observer, which looks at every batch as a torch logger does, returns nothing, and costs no launch;
+5. all of them at once, together with some that the library has;
+6. how to test a callback: `ant_jax.testing.check_callback` holds it to what the library's own are held to.
 """
 
 import dataclasses
@@ -97,6 +98,21 @@ def worst_batch(every: int = 20) -> ant.Callback:
     return ant.Callback(name="worst_batch", every=every, on_batch_end=on_batch_end)
 
 
+# --- 4. An observer: it only looks, so it can be told of each batch of a launch when that is done
+
+
+def surprises(above: float = 2.0) -> ant.Callback:
+    """Print every batch whose loss is large."""
+
+    def on_batch_end(batch_idx, trainer, state, logs):
+        if logs["loss"] > above:
+            print(
+                f"  epoch {state.epoch}, batch {batch_idx}: loss {logs['loss']:.3f}, of {logs['batch_size']} examples"
+            )
+
+    return ant.Callback(name="surprises", observer=True, on_batch_end=on_batch_end)
+
+
 class MLP(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool = False):
@@ -141,6 +157,7 @@ def main(epochs: int = 5, every: int = 20):
         ant.callbacks.gradient_norm(name="clipped_norm"),
         ant.callbacks.ema(decay=0.95),
         worst_batch(every),
+        surprises(above=2.0),
     )
     print(history)
     print(f"auto_clip remembers {np.isfinite(state.callback_states['auto_clip']).sum()} gradient norms")

@@ -48,7 +48,7 @@ def test_a_type_checker_sees_a_wrong_return():
 
 def test_every_hook_can_be_given_as_a_function():
     function = lambda *arguments: arguments[-2:]  # noqa: E731
-    callback = ant.Callback(name="all", **dict.fromkeys(ant.HOOKS, function))  # pyright: ignore[reportArgumentType]
+    callback = ant.Callback(name="all", **dict.fromkeys(ant.HOOKS, function))  # pyright: ignore[reportCallIssue, reportArgumentType]
     assert hooks_of(callback) == dict.fromkeys(ant.HOOKS, function)
 
 
@@ -56,7 +56,7 @@ def test_a_misspelt_hook_raises_when_the_callback_is_made():
     with pytest.raises(
         TypeError, match="Callback 'typo' has no hook or argument named 'on_epoch_edn'; did you mean 'on_epoch_end'?"
     ):
-        ant.Callback(name="typo", on_epoch_edn=print)  # pyright: ignore[reportArgumentType]
+        ant.Callback(name="typo", on_epoch_edn=print)  # pyright: ignore[reportCallIssue]
     with pytest.raises(
         TypeError, match="class Typo has no hook or argument named .on_backwards_end.; did you mean 'on_backward_end'?"
     ):
@@ -65,7 +65,7 @@ def test_a_misspelt_hook_raises_when_the_callback_is_made():
             def on_backwards_end(self) -> None: ...
 
     with pytest.raises(TypeError, match="the hooks are on_train_begin, on_epoch_begin"):
-        ant.Callback(name="typo", zzz=print)  # pyright: ignore[reportArgumentType]
+        ant.Callback(name="typo", zzz=print)  # pyright: ignore[reportCallIssue]
 
 
 def test_a_callback_cannot_change():

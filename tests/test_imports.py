@@ -29,11 +29,12 @@ LAYERS = [
     {"_callback"},
     {"_checking"},
     {"_checkpoint", "_judging", "_live"},
+    {"_observed"},
     {"_events"},
     {"_step"},
     {"_engine"},
     {"_beginning", "_looks", "_run"},
-    {"_resume"},
+    {"_observers", "_resume"},
     {"writers._open_runs", "writers._run_writer", "writers._tensorboard", "writers._text_file"},
     {f"writers._{name}" for name in ("csv", "json_lines", "mlflow", "wandb")},
     {"writers"},
@@ -90,7 +91,7 @@ def test_a_module_imports_only_from_layers_below_its_own(name):
 
 FOR_CALLBACKS = {
     "_arguments", "_background", "_branches", "_callback", "_finite", "_history", "_hyperparams", "_judging", "_logs",
-    "_memories", "_objective", "_packing", "_resources", "_seal", "_trees", "_windows",
+    "_memories", "_objective", "_observed", "_packing", "_resources", "_seal", "_trees", "_windows",
 }  # fmt: skip
 
 

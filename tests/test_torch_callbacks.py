@@ -2,7 +2,8 @@
 
 What changes in each port is what the table of `docs/guides/torch.md` says: hooks take `state` before `logs` and return
 both, configuration is fields of a frozen dataclass, and what was remembered on `self` is memory made by `init`, or,
-when it is a resource such as an open file, made in `on_train_begin`.
+when it is a resource such as an open file, made in `on_train_begin`. What only looks is an observer, whose hooks return
+nothing as in torch; the last class is one that prints at every batch.
 """
 
 import dataclasses
@@ -89,6 +90,7 @@ class WandbCallback(ant.Callback):
 
 @dataclasses.dataclass(frozen=True)
 class TensorBoardCallback(ant.Callback):
+    observer = True
     log_dir: str = "runs"
 
     @functools.cached_property
@@ -101,11 +103,9 @@ class TensorBoardCallback(ant.Callback):
         for key, value in logs.items():
             if np.ndim(value) == 0:
                 self.writer.add_scalar(key, float(value), epoch)
-        return state, logs
 
     def on_train_end(self, trainer, state, logs):
         self.writer.close()
-        return state, logs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,15 +133,26 @@ class ModelCheckpointCallback(ant.Callback):
 
 @dataclasses.dataclass(frozen=True)
 class MockCallback(ant.Callback):
+    observer = True
     calls: list[Any] = dataclasses.field(default_factory=list)
 
     def on_epoch_begin(self, epoch, trainer, state, logs):
         self.calls.append(("on_epoch_begin", epoch))
-        return state, logs
 
     def on_epoch_end(self, epoch, trainer, state, logs):
         self.calls.append(("on_epoch_end", epoch))
-        return state, logs
+
+
+class PrintingCallback(ant.Callback):
+    """Not of the page: what most torch programs have, and what the fused loop serves without a launch more."""
+
+    observer = True
+
+    def on_epoch_begin(self, epoch, trainer, state, logs):
+        print(f"Epoch {epoch + 1}/{trainer.num_epochs}")
+
+    def on_batch_end(self, batch_idx, trainer, state, logs):
+        print(f"  Batch {batch_idx}: loss = {logs['loss'].item():.4f}")
 
 
 def fit(*callbacks: ant.Callback, epochs: int = 3, **options: Any) -> tuple[ant.TrainState, ant.History]:
@@ -213,6 +224,16 @@ def test_the_mock():
     assert ("on_epoch_end", 0) in callback.calls
 
 
+def test_printing_at_every_batch(capsys):
+    fit(PrintingCallback(), epochs=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        *("Epoch 1/2", "  Batch 0", "  Batch 1"),
+        *("Epoch 2/2", "  Batch 0", "  Batch 1"),
+    ]
+    assert all(float(line.split("= ")[1]) > 0 for line in lines if "Batch" in line)
+
+
 def test_all_of_them_at_once_change_no_number(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     plain, _ = fit()
@@ -223,6 +244,7 @@ def test_all_of_them_at_once_change_no_number(tmp_path, monkeypatch):
         TensorBoardCallback(str(tmp_path / "runs")),
         ModelCheckpointCallback(str(tmp_path / "best_{epoch}")),
         MockCallback(),
+        PrintingCallback(),
     )
     assert_bit_equal(plain, all_of_them, "step", "params", "opt_state")
     assert jax.tree.leaves(all_of_them.params)

@@ -26,6 +26,7 @@ from ant_jax._callback import (
 )
 from ant_jax._judging import judged
 from ant_jax._memories import Memories
+from ant_jax._observed import ObservedState, refuse_changes
 from ant_jax.callbacks._averages import evaluated_in
 from ant_jax.callbacks._runs import PerRun
 
@@ -142,7 +143,8 @@ def chain(*callbacks: Callback, name: str = "chain") -> Callback:
             beside the others'; one without, ``checkpoint`` for one, sees the state as it is outside of the chain.
 
     Returns:
-        One callback.
+        One callback; an observer, if all of them are. An observer among other callbacks is called where they are, so a
+        chain with both looks as often as it says, with a launch to each look.
 
     Raises:
         TypeError: one is no callback.
@@ -175,7 +177,9 @@ def chain(*callbacks: Callback, name: str = "chain") -> Callback:
             lead, (state, *rest) = arguments[:place], arguments[place:]
             for member in members:
                 function = hooks_of(member).get(hook_name)
-                if function is not None and member.name not in (state.callback_states.get(name) or {}):
+                if function is not None and member.observer:
+                    _called(member, hook_name, function, lead, (state, *rest))
+                elif function is not None and member.name not in (state.callback_states.get(name) or {}):
                     state, *rest = _called(member, hook_name, function, lead, (state, *rest))
                 elif function is not None:
                     inside = _unfolded(name, state)
@@ -186,6 +190,8 @@ def chain(*callbacks: Callback, name: str = "chain") -> Callback:
         return hook
 
     hooks: dict[str, Any] = {hook: hook_of(hook) for hook in HOOKS if any(hook in hooks_of(m) for m in members)}
+    if all(member.observer for member in members):
+        return Callback(name=name, observer=True, every=placed[0].every, **hooks)
     late = any(isinstance(member.init, LateInit) for member in members)
     first = LateInit(init) if late else init
     return Callback(name=name, init=first, traced=placed[0].traced, every=placed[0].every, **hooks)
@@ -287,14 +293,18 @@ def _hooks_of(owner: str, callback: Callback) -> dict[str, HookFn]:
 def _wrapped(callback: Callback, hooks: dict[str, Any], every: int | None = None) -> Callback:
     """The callback with other hooks, and other looks if they are given."""
     looks = callback.every if every is None else every
-    return Callback(name=callback.name, init=callback.init, traced=callback.traced, every=looks, **hooks)
+    kind: dict[str, Any] = {"traced": callback.traced, "observer": callback.observer}
+    return Callback(name=callback.name, init=callback.init, every=looks, **kind, **hooks)
 
 
 def _called(callback: Callback, name: str, function: HookFn, lead: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
     """Call a hook of an inner callback, judge what it returns, and name it in what it raises."""
-    # A host callback's memory is its own affair; those on the device are judged when the outer callback returns.
-    device_names = None if given[0].host is None else frozenset[str]()
     try:
+        if callback.observer:
+            refuse_changes(callback, name, given, function(*lead, *given))
+            return given
+        # A host callback's memory is its own affair; those on the device are judged when the outer callback returns.
+        device_names = None if given[0].host is None else frozenset[str]()
         return judged(name, given, function(*lead, *given), device_names)
     except Exception as error:
         error.add_note(f"in {name} of callback {callback.name!r}")
@@ -308,7 +318,8 @@ def _if(due: _Due, name: str, function: HookFn) -> HookFn:
         place = len(arguments) - len(HOOKS[name].values)
         before, given = arguments[:place], arguments[place:]
         condition = due(name, before[0] if HOOKS[name].lead else None, given[0], given[-1])
-        if isinstance(condition, bool | np.bool_) or given[0].host is not None:
+        on_host = isinstance(given[0], ObservedState) or given[0].host is not None
+        if isinstance(condition, bool | np.bool_) or on_host:
             return function(*arguments) if condition else given
 
         def run() -> Any:

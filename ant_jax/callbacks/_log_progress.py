@@ -13,6 +13,7 @@ import numpy as np
 from ant_jax._arguments import check_count, check_function
 from ant_jax._callback import Callback
 from ant_jax._history import to_python
+from ant_jax._observed import ObservedLogs
 from ant_jax._windows import Window, joined
 from ant_jax.callbacks._printing import print_beside_bars
 from ant_jax.callbacks._runs import PerRun
@@ -42,7 +43,7 @@ def log_progress(
         name: of the callback.
 
     Returns:
-        A host callback; it keeps no memory.
+        An observer.
 
     Raises:
         ValueError: ``every`` is below 1.
@@ -60,36 +61,31 @@ def log_progress(
         # A combinator may have left out the beginning of the run.
         return runs.of(trainer) or runs.open(trainer, _Report(printer or print_beside_bars, every, clock, done))
 
-    def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
+    def on_train_begin(trainer: Any, state: Any, logs: Any) -> None:
         runs.close(trainer)
         report_of(trainer, state.batch_idx)
-        return state, logs
 
-    def on_epoch_begin(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+    def on_epoch_begin(epoch: int, trainer: Any, state: Any, logs: Any) -> None:
         report = report_of(trainer)
         report.begin_epoch()
         text = f"epoch {epoch + 1}/{trainer.num_epochs}"
         report.lines.add(lambda: [text], logs)
-        return state, logs
 
-    def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+    def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> None:
         del batch_idx
         report = report_of(trainer)
         report.lines.catch_up()  # what was launched before the last look has run by now
         total = f"/{trainer.steps_per_epoch}" if trainer.steps_per_epoch else ""
-        # All logs of a launch are there at once.
-        report.lines.add(functools.partial(report.batches.lines, logs, total), {"loss": logs["loss"]})
-        return state, logs
+        report.lines.add(functools.partial(report.batches.lines, logs, total), logs)
 
-    def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
+    def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> None:
         report = runs.of(trainer)
         if report is not None:  # there is none when Trainer.evaluate is called by itself
             if report.batches.seconds() > SHORT_SECONDS:
                 report.lines.catch_up()
             report.lines.add(report.batches.finished(), logs)
-        return state, logs
 
-    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> None:
         report = report_of(trainer)
         lines, batches = report.lines, report.batches
         more = epoch + 1 < trainer.num_epochs and not state.stop
@@ -98,28 +94,26 @@ def log_progress(
         lines.add(batches.finished(), {})
         place, seconds = f"epoch {epoch + 1}/{trainer.num_epochs}", batches.seconds()
         lines.add(lambda: [f"{place} took {seconds:.2f} s: {_in_words(logs)}"], logs)
-        return state, logs
 
-    def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
+    def on_train_end(trainer: Any, state: Any, logs: Any) -> None:
         lines = report_of(trainer).lines
         lines.catch_up()
         if state.stop:
             text = f"stopped after epoch {state.epoch} of {trainer.num_epochs}, as a callback asked"
             lines.add(lambda: [text], {})
         runs.close(trainer)
-        return state, logs
 
-    def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
+    def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> None:
         del exception
         report = runs.take(trainer)
         if report is not None:
             report.lines.add(report.batches.finished(), {})
             report.lines.catch_up()
-        return state, logs
 
     return Callback(
         name=name,
-        every=None,  # it gets every batch's logs all the same, so it need not make the host look at any of them
+        observer=True,
+        every=None,  # it gets every batch's logs all the same, in few calls
         on_train_begin=on_train_begin,
         on_epoch_begin=on_epoch_begin,
         on_batch_end=on_batch_end,
@@ -157,8 +151,8 @@ class _Lines:
         self._waiting: list[Callable[[], Iterable[str]]] = []
 
     def add(self, lines: Callable[[], Iterable[str]], needed: Mapping[str, Any]) -> None:
-        """Print lines: at once if nothing else waits, and what they need is there."""
-        waits = bool(self._waiting) or not all(_is_ready(value) for value in needed.values())
+        """Print lines: at once if nothing else waits, and the logs that they need are there."""
+        waits = bool(self._waiting) or not _are_ready(needed)
         self._waiting.append(lines)
         if not waits:
             self.catch_up()
@@ -212,8 +206,10 @@ class _Batches:
         return f"  batch {self._done}{self._total}: {_in_words(window.means())} ({rate:,.0f} examples/s)"
 
 
-def _is_ready(value: Any) -> bool:
-    return not isinstance(value, jax.Array) or cast(Any, value).is_ready()
+def _are_ready(logs: Mapping[str, Any]) -> bool:
+    if isinstance(logs, ObservedLogs):
+        return logs.is_ready
+    return all(not isinstance(value, jax.Array) or cast(Any, value).is_ready() for value in logs.values())
 
 
 def _in_words(values: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ _drawing = threading.Lock()  # matplotlib does not promise to draw in two thread
 def plot_history(path: str | os.PathLike[str], *names: str, name: str = "plot_history") -> Callback:
     """Draw the history after every epoch, as a file that can be watched.
 
-    On the host, drawn in the background by matplotlib; the file is replaced at once, so that a viewer never sees half
+    Drawn in the background by matplotlib; the file is replaced at once, so that a viewer never sees half
     of it. Where epochs pass faster than they are drawn, some pictures are left out, never the last one. A run that
     begins while another one of this process draws the file draws another one beside it, ``digits-2.png`` for
     ``digits.png``, and says so (logger ``ant_jax``, a warning).
@@ -29,10 +29,10 @@ def plot_history(path: str | os.PathLike[str], *names: str, name: str = "plot_hi
     Args:
         path: of the picture; the suffix says which format. Its directory is made.
         *names: the logs to draw, as in ``history.plot``; without any, every scalar.
-        name: of the callback; it keeps no memory.
+        name: of the callback.
 
     Returns:
-        A host callback.
+        An observer.
 
     Raises:
         ImportError: the package ``matplotlib`` is not installed (the extra ``plot``).
@@ -53,25 +53,22 @@ def plot_history(path: str | os.PathLike[str], *names: str, name: str = "plot_hi
     def picture(trainer: Any) -> _Picture:
         return pictures.of(trainer) or pictures.open(trainer, _Picture(target, names))
 
-    def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
+    def on_train_begin(trainer: Any, state: Any, logs: Any) -> None:
         picture(trainer)  # which claims the path, as files do, before a run beside this one can end and let go of it
-        return state, logs
 
-    def on_checkpoint(trainer: Any, state: Any, logs: Any) -> Any:
+    def on_checkpoint(trainer: Any, state: Any, logs: Any) -> None:
         picture(trainer).draw(state.history)
-        return state, logs
 
-    def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
+    def on_train_end(trainer: Any, state: Any, logs: Any) -> None:
         pictures.close(trainer)
-        return state, logs
 
-    def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
+    def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> None:
         del exception
         pictures.close(trainer)
-        return state, logs
 
     return Callback(
         name=name,
+        observer=True,
         on_train_begin=on_train_begin,
         on_checkpoint=on_checkpoint,
         on_train_end=on_train_end,

@@ -41,7 +41,7 @@ def progress_bar(
         name: of the callback. One of this name takes the place of the bar that the trainer makes by itself.
 
     Returns:
-        A host callback; it keeps no memory.
+        An observer.
 
     Raises:
         ValueError: ``file`` has no ``write``, ``flush`` and ``isatty``.
@@ -60,37 +60,32 @@ def progress_bar(
         stream = Stream(sys.stderr if file is None else file)
         return bars.of(trainer) or bars.open(trainer, _Bar(stream, clock, trainer, state))
 
-    def on_train_begin(trainer: Any, state: Any, logs: Any) -> Any:
+    def on_train_begin(trainer: Any, state: Any, logs: Any) -> None:
         bars.close(trainer)
         bar_of(trainer, state)
-        return state, logs
 
-    def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+    def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> None:
         bar_of(trainer, state).batch_done(trainer.steps_per_epoch, state.epoch, batch_idx, logs)
-        return state, logs
 
-    def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> Any:
+    def on_evaluate_begin(trainer: Any, state: Any, logs: Any) -> None:
         bar = bars.of(trainer)
         if bar is not None:  # there is none when Trainer.evaluate is called by itself
             bar.evaluating()
-        return state, logs
 
-    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> None:
         del epoch
         bar_of(trainer, state).epoch_done(state, logs)
-        return state, logs
 
-    def on_train_end(trainer: Any, state: Any, logs: Any) -> Any:
+    def on_train_end(trainer: Any, state: Any, logs: Any) -> None:
         bars.close(trainer)
-        return state, logs
 
-    def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> Any:
+    def on_exception(exception: BaseException, trainer: Any, state: Any, logs: Any) -> None:
         del exception
         bars.close(trainer)
-        return state, logs
 
     return Callback(
         name=name,
+        observer=True,
         every=None,
         on_train_begin=on_train_begin,
         on_batch_end=on_batch_end,

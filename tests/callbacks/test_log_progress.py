@@ -30,7 +30,7 @@ def test_a_line_every_so_many_batches_and_one_every_epoch():
 
 def test_the_rate_of_an_epochs_last_line_leaves_out_what_follows_its_batches(monkeypatch):
     # So lines wait, those of an epoch as short as this one until it has ended.
-    monkeypatch.setattr(_log_progress, "_is_ready", lambda value: False)
+    monkeypatch.setattr(_log_progress, "_are_ready", lambda logs: False)
     printed: list[str] = []
     time = [0.0]
 

@@ -186,7 +186,7 @@ def connecting(state: Any, grads: Any, logs: Any) -> Any:
 
 
 def failing_at_the_exception() -> ant.Callback:
-    return ant.Callback(name="bad", on_exception=lambda exception, trainer, state, logs: None)  # pyright: ignore
+    return ant.Callback(name="bad", on_exception=lambda e, trainer, state, logs: None)  # pyright: ignore[reportArgumentType]
 
 
 def counting_the_batches(stop: bool = False) -> Callable[[], ant.Callback]:
