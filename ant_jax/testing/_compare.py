@@ -45,7 +45,7 @@ def described(state: TrainState) -> dict[str, Any]:
     arrays = {f"state.{path}": bytes_of(leaf) for path, leaf in named_leaves(tree).items()}
     arrays |= {f"state.callback_states/{path}": bytes_of(leaf) for path, leaf in named_leaves(device).items()}
     arrays |= {f"state.callback_states/{n}": as_text(m, n) for n, m in host_memories(state).items()}
-    # How many steps a launch had is a fact of the process, and the hyper-parameters that the run began with of its code.
+    # How many steps a launch had is a fact of the process, and the hyper-parameters of its beginning one of its code.
     names = {*PLAIN_FIELDS, "published"} - {"fused", "hyperparams"}
     plain = {name: repr(getattr(host, name)) for name in names}
     return arrays | {f"state.host/{name}": text for name, text in plain.items()} | {"state.stop": bool(state.stop)}
