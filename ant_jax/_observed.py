@@ -213,9 +213,8 @@ class ObservedLogs(Logs):
         return values if self._published is None else values | self._published
 
     def __getitem__(self, name: str) -> Any:
-        if self._published is None and name in self._rows.columns:
-            return self._rows.columns[name][self._row]
-        return super().__getitem__(name)
+        column = None if self._published else self._rows.columns.get(name)
+        return super().__getitem__(name) if column is None else column[self._row]
 
 
 class Rows:
