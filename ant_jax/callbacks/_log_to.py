@@ -16,9 +16,10 @@ from ant_jax.writers._writer import Writer
 def log_to(writer: Writer, *, every: int | None = None, epochs: bool = True, name: str | None = None) -> Callback:
     """Write the logs with a writer: a record an epoch, and one every so many batches.
 
-    On the host; the logs are read and written in the background. The callback changes neither state nor logs. With
-    ``every``, where a callback listed before this one raises in ``on_batch_end``, this one does not see the batch, so a
-    run that goes on from the exception's ``train_state`` has no record of it.
+    On the host; the logs are read and written in the background. The callback changes neither state nor logs, and costs
+    no launch unless the writer ``has_runs``. With ``every``, where a callback listed before this one raises in
+    ``on_batch_end``, this one does not see the batch, so a run that goes on from the exception's ``train_state`` has no
+    record of it.
 
     Args:
         writer: of :mod:`ant_jax.writers`, or of your own; see :class:`ant_jax.writers.Writer`.
@@ -28,7 +29,7 @@ def log_to(writer: Writer, *, every: int | None = None, epochs: bool = True, nam
             the writer ``has_runs``; the id is ``None`` before the run begins.
 
     Returns:
-        A host callback.
+        A callback, and an observer unless the writer ``has_runs``.
 
     Raises:
         TypeError: ``writer`` is not a writer.
@@ -46,9 +47,11 @@ def log_to(writer: Writer, *, every: int | None = None, epochs: bool = True, nam
     check_flag(owner, "epochs", epochs)
     hooks = _Hooks(writer, named, epochs)
     looks: dict[str, Any] = {} if every is None else {"every": every, "on_batch_end": hooks.on_batch_end}
+    # The id of a tracker's run is remembered in the state, which an observer cannot change.
+    kind: dict[str, Any] = {"init": hooks.init} if writer.has_runs else {"observer": True}
     return Callback(
         name=named,
-        init=hooks.init if writer.has_runs else None,
+        **kind,
         on_train_begin=hooks.on_train_begin,
         on_epoch_end=hooks.on_epoch_end,
         on_train_end=hooks.on_train_end,
