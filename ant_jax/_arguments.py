@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ant_jax._hyperparams import Hyperparam
+from ant_jax._state.hyperparams import Hyperparam
 
 
 def number(value: Any) -> Any:

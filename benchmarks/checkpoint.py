@@ -31,10 +31,10 @@ import optax
 import orbax.checkpoint as ocp
 
 import ant_jax as ant
-from ant_jax import _checkpoint
-from ant_jax._callback import hooks_of
-from ant_jax._seal import sealed, unsealed, verify
-from ant_jax._snapshot import taken
+from ant_jax._checkpoint import checkpointer as _checkpoint, storage
+from ant_jax._checkpoint.manifest import read_manifest, verify, write_manifest
+from ant_jax._checkpoint.snapshot import take_snapshot
+from ant_jax._hooks.callback import hooks_of
 from benchmarks._common import BATCH, STEPS, data, machine, mlp_trainer, timed, write
 
 
@@ -126,7 +126,7 @@ def _spread(times: Sequence[float]) -> float:
 def saves_and_restores(megabytes: int, rounds: int, directory: pathlib.Path) -> dict[str, Any]:
     trainer, state = state_of(megabytes)
     device_names = trainer._events.device_names
-    arrays = taken(state, device_names).arrays
+    arrays = take_snapshot(state, device_names).arrays
     size = sum(leaf.nbytes for leaf in arrays.values())
     tree, note = nested(arrays), {"epoch": 3, "batch_idx": 17, "history": [{"train_loss": 0.5}]}
     options = ocp.CheckpointManagerOptions(
@@ -139,9 +139,9 @@ def saves_and_restores(megabytes: int, rounds: int, directory: pathlib.Path) -> 
 
     def noting_thread(*arguments: Any) -> str:
         sealing_threads.add(threading.current_thread())
-        return sealed(*arguments)
+        return write_manifest(*arguments)
 
-    _checkpoint.sealed = noting_thread
+    storage.write_manifest = noting_thread
     try:
         with (
             trainer.checkpointer(directory / "ours", keep=1) as checkpointer,
@@ -165,11 +165,11 @@ def saves_and_restores(megabytes: int, rounds: int, directory: pathlib.Path) -> 
                     restores[0].append(a)
                     restores[1].append(b)
     finally:
-        _checkpoint.sealed = sealed
+        storage.write_manifest = write_manifest
 
     plain = {keys: np.asarray(leaf) for keys, leaf in arrays.items()}
-    sealing = [timed(lambda: sealed({}, plain)) for _ in range(rounds)]
-    rows = unsealed(sealing[0][1])["arrays"]
+    sealing = [timed(lambda: write_manifest({}, plain)) for _ in range(rounds)]
+    rows = read_manifest(sealing[0][1])["arrays"]
     verifying = [timed(lambda: verify(plain, rows))[0] for _ in range(rounds)]
     hundreds = size / 1e8
     per_100_mb = {

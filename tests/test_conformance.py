@@ -14,10 +14,11 @@ import pytest
 from problems import BATCH, batches, data, standard_promotion, trainer
 
 import ant_jax as ant
-from ant_jax import Hyperparam, _events, testing
-from ant_jax._engine import TrainProgram
-from ant_jax._events import Events
-from ant_jax._pace import Pace
+from ant_jax import Hyperparam, testing
+from ant_jax._engine.launch_size import LaunchSizer
+from ant_jax._engine.programs import TrainProgram
+from ant_jax._hooks import callback_list as _events
+from ant_jax._hooks.callback_list import CallbackList
 
 
 adam = standard_promotion(optax.inject_hyperparams(optax.adam)(learning_rate=0.01))
@@ -206,7 +207,7 @@ class Costs:
 
 def costs_of(monkeypatch: pytest.MonkeyPatch, *callbacks: ant.Callback, **options: Any) -> Costs:
     """Train two epochs of 20 batches, with as many steps a launch as the callbacks allow."""
-    costs, launch, visit = Costs(), TrainProgram.launch, Events.batch_hook
+    costs, launch, visit = Costs(), TrainProgram.launch, CallbackList.batch_hook
 
     def counted_launch(*arguments: Any) -> Any:
         costs.launches += 1
@@ -218,8 +219,8 @@ def costs_of(monkeypatch: pytest.MonkeyPatch, *callbacks: ant.Callback, **option
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainProgram, "launch", counted_launch)
-        patch.setattr(Events, "batch_hook", counted_visit)
-        patch.setattr(Pace, "steps", property(lambda pace: 10**6, lambda pace, steps: None), raising=False)
+        patch.setattr(CallbackList, "batch_hook", counted_visit)
+        patch.setattr(LaunchSizer, "steps", property(lambda pace: 10**6, lambda pace, steps: None), raising=False)
         a_trainer = trainer(*callbacks, **options)
         loader = ant.ArrayLoader(data(20 * BATCH), BATCH)
         a_trainer.fit(a_trainer.init(batches()[0]), loader, 2, batches(1))

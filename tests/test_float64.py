@@ -17,7 +17,7 @@ import ant_jax as ant
 
 __all__ = ["offline"]  # a fixture
 
-GROUPS = 10
+GROUPS = 9
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,9 @@ import pytest
 from problems import BATCH, assert_bit_equal, batches, data, host, leaves_of, trainer
 
 import ant_jax as ant
-from ant_jax._checkpoint import _Manager, steps_in
-from ant_jax._engine import TrainProgram
+from ant_jax._checkpoint.reading import steps_in
+from ant_jax._checkpoint.storage import _Manager
+from ant_jax._engine.programs import TrainProgram
 from ant_jax._interrupt import Interrupts
 
 

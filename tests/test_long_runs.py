@@ -12,8 +12,8 @@ import pytest
 from problems import LINEAR, apply, assert_bit_equal, batches, host, trainer
 
 import ant_jax as ant
-from ant_jax._engine import MAX_ROWS, Cursor
-from ant_jax._feed import Chunk
+from ant_jax._data.epoch_batches import Chunk
+from ant_jax._engine.launch import MAX_ROWS, Cursor
 
 
 CYCLE = 2**31

@@ -24,8 +24,8 @@ from problems import BATCH, adam, assert_bit_equal, batches, data, host, standar
 
 import ant_jax as ant
 from ant_jax import testing
-from ant_jax._checkpoint import read_arrays, steps_in
-from ant_jax._seal import Damage, unsealed
+from ant_jax._checkpoint.manifest import Damage, read_manifest
+from ant_jax._checkpoint.reading import read_arrays, steps_in
 
 
 library = ant.callbacks
@@ -431,7 +431,7 @@ def test_the_decision_to_fuse_is_kept(tmp_path, monkeypatch):
     state, _ = a_trainer.fit(a_trainer.init(batches(1)[0]), batches(2), 1)
     assert state.on_host().fused == ("cpu", True)
     a_trainer.save(tmp_path, state)
-    monkeypatch.setattr("ant_jax._engine.slow_in_loops", lambda jaxpr: True)  # as another version might decide
+    monkeypatch.setattr("ant_jax._engine.programs.slow_in_loops", lambda jaxpr: True)  # as another version might decide
     decided = lambda a_trainer, state: a_trainer.fit(state, batches(2), 2)[0].on_host().fused  # noqa: E731
     other = trainer()
     assert decided(other, other.init(batches(1)[0])) == ("cpu", False)
@@ -770,16 +770,16 @@ def test_going_back_leaves_hyperparameters_as_they_are():
 def test_a_save_that_fails_is_named_and_the_next_one_works(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.CRITICAL)
     full = [False]
-    from ant_jax import _checkpoint
+    from ant_jax._checkpoint import storage
 
-    write = _checkpoint._SealHandler._write
+    write = storage._SealHandler._write
 
     async def failing(self: Any, directory: Any, args: Any) -> None:
         if full[0]:
             raise OSError(28, "No space left on device")
         await write(self, directory, args)
 
-    monkeypatch.setattr(_checkpoint._SealHandler, "_write", failing)
+    monkeypatch.setattr(storage._SealHandler, "_write", failing)
     a_trainer = trainer()
     state = a_trainer.init(batches(1)[0])
     with a_trainer.checkpointer(tmp_path, keep=1) as checkpointer:
@@ -798,12 +798,12 @@ def test_a_save_that_fails_is_named_and_the_next_one_works(tmp_path, monkeypatch
 
 
 def test_a_run_may_go_on_without_checkpoints_that_fail(tmp_path, monkeypatch, caplog):
-    from ant_jax import _checkpoint
+    from ant_jax._checkpoint import storage
 
     async def failing(self: Any, directory: Any, args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_checkpoint._SealHandler, "_write", failing)
+    monkeypatch.setattr(storage._SealHandler, "_write", failing)
     a_trainer = trainer(library.tolerate(library.checkpoint(tmp_path, every=1), failures=2))
     state, _ = a_trainer.fit(a_trainer.init(batches(1)[0]), batches(4), 2)
     assert state.epoch == 2
@@ -812,7 +812,7 @@ def test_a_run_may_go_on_without_checkpoints_that_fail(tmp_path, monkeypatch, ca
 
 
 def test_what_cannot_be_read_just_now_is_not_called_damaged(tmp_path, monkeypatch):
-    from ant_jax import _checkpoint
+    from ant_jax._checkpoint import reading
 
     a_trainer = trainer()
     state = a_trainer.init(batches(1)[0])
@@ -821,7 +821,7 @@ def test_what_cannot_be_read_just_now_is_not_called_damaged(tmp_path, monkeypatc
     def failing(path: Any, restore_args: Any = None) -> Any:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(_checkpoint, "read_arrays", failing)
+    monkeypatch.setattr(reading, "read_arrays", failing)
     with pytest.raises(OSError, match="Input/output error"):
         a_trainer.restore(tmp_path, fall_back=True)
     assert steps_in(tmp_path) == [0]
@@ -914,7 +914,7 @@ def test_any_changed_digit_of_a_description_is_noticed_and_named(tmp_path):
     unnoticed = 0
     for at in digits:
         try:
-            assert unsealed(changed(at)) == unsealed(text)  # the last digit of a float may make no other number
+            assert read_manifest(changed(at)) == read_manifest(text)  # a float's last digit may not count
             unnoticed += 1
         except Damage as damage:
             assert re.match("its description (is not as it was written|cannot be read)", str(damage))

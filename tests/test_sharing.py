@@ -21,8 +21,8 @@ import pytest
 from problems import BATCH, CLASSES, FEATURES, LINEAR, Clock, adam, assert_bit_equal, batches, host, squares, trainer
 
 import ant_jax as ant
-from ant_jax._callback import hooks_of
-from ant_jax._engine import TrainProgram
+from ant_jax._engine.programs import TrainProgram
+from ant_jax._hooks.callback import hooks_of
 
 
 library = ant.callbacks
@@ -269,7 +269,7 @@ def test_a_nested_run_counts_in_the_costs_of_the_hook_that_it_is_in(monkeypatch)
         return state, logs
 
     clock = Clock()
-    monkeypatch.setattr("ant_jax._events.time", types.SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr("ant_jax._hooks.callback_list.time", types.SimpleNamespace(perf_counter=clock))
     outer = trainer(host("nests", on_epoch_end=on_epoch_end), clock.passing(on_train_begin=1.0))
     outer.fit(outer.init(batches()[0]), batches(1), 2)
     assert seen == [{"nests": 0.0, "passing": 1.0}, {"nests": 1.0, "passing": 1.0}]
@@ -327,7 +327,9 @@ SHOWING: dict[str, Callable[[Callable[[str], None], Clock, pathlib.Path], ant.Ca
 @pytest.mark.usefixtures("nothing_compiles")
 @pytest.mark.parametrize("name", SHOWING)
 def test_an_evaluation_in_a_hook_changes_nothing_of_what_is_shown(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("ant_jax._looks.LAUNCH_SECONDS", -1.0)  # so that a look of every=None ends after every launch
+    monkeypatch.setattr(
+        "ant_jax._loop.hook_windows.LAUNCH_SECONDS", -1.0
+    )  # so that a look of every=None ends after every launch
 
     def shown(evaluates: bool) -> list[str]:
         clock, lines, path = Clock(), list[str](), tmp_path / str(evaluates)

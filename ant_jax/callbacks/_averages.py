@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ant_jax._memories import members_of, with_members
+from ant_jax._state.memories import members_of, with_members
 
 
 def evaluated(memory: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ant_jax._arguments import check_choice, check_count, refuse
-from ant_jax._callback import Callback
+from ant_jax._hooks.callback import Callback
 
 
 def batch_size_schedule(

@@ -18,8 +18,8 @@ from ant_jax._arguments import (
     check_path,
     check_positive,
 )
-from ant_jax._callback import Callback
-from ant_jax._seal import CheckpointError
+from ant_jax._checkpoint.manifest import CheckpointError
+from ant_jax._hooks.callback import Callback
 from ant_jax.callbacks._printing import print_beside_bars
 from ant_jax.callbacks._runs import PerRun
 

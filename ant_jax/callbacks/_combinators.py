@@ -12,21 +12,21 @@ import numpy as np
 
 from ant_jax._arguments import check_count, check_function
 from ant_jax._background import bearing
-from ant_jax._branches import run_if
-from ant_jax._callback import (
+from ant_jax._hooks.callback import (
     BATCH_HOOKS,
     HOOKS,
     STEP_HOOKS,
     Callback,
     HookFn,
     LateInit,
-    checked,
+    check_callbacks,
     hooks_of,
     in_order_of_init,
 )
-from ant_jax._judging import judged
-from ant_jax._memories import Memories
-from ant_jax._observed import ObservedState, refuse_changes
+from ant_jax._hooks.observed import ObservedState, refuse_changes
+from ant_jax._hooks.returns import check_return
+from ant_jax._state.memories import Memories
+from ant_jax._step.branches import run_if
 from ant_jax.callbacks._averages import evaluated_in
 from ant_jax.callbacks._runs import PerRun
 
@@ -91,15 +91,16 @@ def every(callback: Callback, *, batches: int | None = None, epochs: int | None 
         return True
 
     looks = batches if batches and not callback.traced and any(name in BATCH_HOOKS for name in hooks) else None
-    return _wrapped(callback, {name: _if(due, name, hook) for name, hook in hooks.items()}, looks)
+    return _wrap(callback, {name: _if(due, name, hook) for name, hook in hooks.items()}, looks)
 
 
 def when(predicate: Callable[[Any, Any], Any], callback: Callback) -> Callback:
     """Run a callback's hooks only where a condition holds.
 
     Args:
-        predicate: ``predicate(state, logs)``, asked before every hook: a bool, or for a traced hook a boolean scalar
-            made of the state's arrays (``state.step < 1000``) and the logs. A traced hook is then left out at run time,
+        predicate: ``predicate(state, logs)``, asked before every hook with what the hook is given, so for an observer
+            with what the host knows of the state: a bool, or for a traced hook a boolean scalar made of the state's
+            arrays (``state.step < 1000``) and the logs. A traced hook is then left out at run time,
             and a log that it publishes is NaN.
         callback: which one; the result keeps its name and its memory. Parameters whose place an average has taken for
             an evaluation, ``ema(evaluate=True)``, come back at its end, whatever holds by then; what else a callback
@@ -129,7 +130,7 @@ def when(predicate: Callable[[Any, Any], Any], callback: Callback) -> Callback:
                 holds = jnp.logical_or(holds, memory["swapped"])
         return holds
 
-    return _wrapped(callback, {name: _if(due, name, hook) for name, hook in _hooks_of("when", callback).items()})
+    return _wrap(callback, {name: _if(due, name, hook) for name, hook in _hooks_of("when", callback).items()})
 
 
 def chain(*callbacks: Callback, name: str = "chain") -> Callback:
@@ -154,7 +155,7 @@ def chain(*callbacks: Callback, name: str = "chain") -> Callback:
     >>> chain(centralize(), clip_by_global_norm(1.0))
     Callback(name='chain', hooks=on_before_update)
     """
-    members = checked(callbacks)
+    members = check_callbacks(callbacks)
     if not members:
         raise ValueError("chain: give it callbacks")
     # The hooks of gradients and updates run at the same place whatever their callback says.
@@ -178,13 +179,13 @@ def chain(*callbacks: Callback, name: str = "chain") -> Callback:
             for member in members:
                 function = hooks_of(member).get(hook_name)
                 if function is not None and member.observer:
-                    _called(member, hook_name, function, lead, (state, *rest))
+                    _call(member, hook_name, function, lead, (state, *rest))
                 elif function is not None and member.name not in (state.callback_states.get(name) or {}):
-                    state, *rest = _called(member, hook_name, function, lead, (state, *rest))
+                    state, *rest = _call(member, hook_name, function, lead, (state, *rest))
                 elif function is not None:
-                    inside = _unfolded(name, state)
-                    after, *rest = _called(member, hook_name, function, lead, (inside, *rest))
-                    state = _folded(name, state, after)
+                    inside = _unfold(name, state)
+                    after, *rest = _call(member, hook_name, function, lead, (inside, *rest))
+                    state = _fold(name, state, after)
             return state, *rest
 
         return hook
@@ -197,14 +198,14 @@ def chain(*callbacks: Callback, name: str = "chain") -> Callback:
     return Callback(name=name, init=first, traced=placed[0].traced, every=placed[0].every, **hooks)
 
 
-def _unfolded(name: str, state: Any) -> Any:
+def _unfold(name: str, state: Any) -> Any:
     """The state with the memories of a chain's callbacks beside the others', and in the place of any of that name."""
     others = {owner: memory for owner, memory in state.callback_states.items() if owner != name}
     return state.replace(callback_states={**others, **state.callback_states[name]})
 
 
-def _folded(name: str, before: Any, after: Any) -> Any:
-    """Undo ``_unfolded``, after a hook."""
+def _fold(name: str, before: Any, after: Any) -> Any:
+    """Undo ``_unfold``, after a hook."""
     outer, memories, inner = before.callback_states, before.callback_states[name], after.callback_states
     kept = {owner: memory if owner in memories else inner[owner] for owner, memory in outer.items() if owner != name}
     folded = Memories({owner: inner[owner] for owner in memories})
@@ -265,7 +266,7 @@ def tolerate(callback: Callback, *, failures: int = 3) -> Callback:
                 return given
             try:
                 with bearing(functools.partial(bear, hook_name, trainer)):
-                    return _called(callback, hook_name, function, lead, given)
+                    return _call(callback, hook_name, function, lead, given)
             except Exception as error:
                 bear(hook_name, trainer, error)
                 return given
@@ -279,25 +280,25 @@ def tolerate(callback: Callback, *, failures: int = 3) -> Callback:
         failed.close(trainer)
         return begin(trainer, state, logs)
 
-    return _wrapped(callback, {**wrapped, "on_train_begin": on_train_begin})
+    return _wrap(callback, {**wrapped, "on_train_begin": on_train_begin})
 
 
 def _hooks_of(owner: str, callback: Callback) -> dict[str, HookFn]:
-    (callback,) = checked([callback])
+    (callback,) = check_callbacks([callback])
     hooks = hooks_of(callback)
     if not hooks:
         raise ValueError(f"{owner}: callback {callback.name!r} has no hooks")
     return hooks
 
 
-def _wrapped(callback: Callback, hooks: dict[str, Any], every: int | None = None) -> Callback:
+def _wrap(callback: Callback, hooks: dict[str, Any], every: int | None = None) -> Callback:
     """The callback with other hooks, and other looks if they are given."""
     looks = callback.every if every is None else every
     kind: dict[str, Any] = {"traced": callback.traced, "observer": callback.observer}
     return Callback(name=callback.name, init=callback.init, every=looks, **kind, **hooks)
 
 
-def _called(callback: Callback, name: str, function: HookFn, lead: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
+def _call(callback: Callback, name: str, function: HookFn, lead: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
     """Call a hook of an inner callback, judge what it returns, and name it in what it raises."""
     try:
         if callback.observer:
@@ -305,7 +306,7 @@ def _called(callback: Callback, name: str, function: HookFn, lead: tuple[Any, ..
             return given
         # A host callback's memory is its own affair; those on the device are judged when the outer callback returns.
         device_names = None if given[0].host is None else frozenset[str]()
-        return judged(name, given, function(*lead, *given), device_names)
+        return check_return(name, given, function(*lead, *given), device_names)
     except Exception as error:
         error.add_note(f"in {name} of callback {callback.name!r}")
         raise
@@ -323,7 +324,7 @@ def _if(due: _Due, name: str, function: HookFn) -> HookFn:
             return function(*arguments) if condition else given
 
         def run() -> Any:
-            *tree, logs = judged(name, given, function(*arguments))
+            *tree, logs = check_return(name, given, function(*arguments))
             return tree, logs
 
         tree, logs = run_if(condition, run, list(given[:-1]), given[-1])

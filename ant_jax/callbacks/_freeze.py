@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ant_jax._arguments import check_function, refuse
-from ant_jax._callback import Callback
+from ant_jax._hooks.callback import Callback
 from ant_jax._trees import named_leaves
 
 

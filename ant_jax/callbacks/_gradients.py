@@ -8,9 +8,9 @@ from typing import Any
 import optax
 
 from ant_jax._arguments import check_not_negative, check_positive, number
-from ant_jax._callback import Callback
-from ant_jax._hyperparams import Hyperparam
-from ant_jax._objective import transformed
+from ant_jax._hooks.callback import Callback
+from ant_jax._state.hyperparams import Hyperparam
+from ant_jax._state.objective import update_with
 
 
 def from_optax(transformation: optax.GradientTransformation, *, name: str = "from_optax") -> Callback:
@@ -230,7 +230,7 @@ def _transforming(
             extra_args = {"value": logs["loss"], "grad": grads}
         else:
             extra_args = state.objective.extra_args()
-        grads, memory = transformed(transformation, grads, memory, state.params, extra_args)
+        grads, memory = update_with(transformation, grads, memory, state.params, extra_args)
         return state.with_callback_state(name, memory), grads, logs
 
     hooks: dict[str, Any] = {hook: rewrite}

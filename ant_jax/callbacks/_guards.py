@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ant_jax._arguments import check_count
-from ant_jax._callback import Callback, LateInit
 from ant_jax._finite import NonFiniteError
-from ant_jax._hyperparams import carried, carried_in_memory
-from ant_jax._memories import members_of, with_members
+from ant_jax._hooks.callback import Callback, LateInit
+from ant_jax._state.hyperparams import carried, carried_in_memory
+from ant_jax._state.memories import members_of, with_members
 from ant_jax._trees import named_leaves
 from ant_jax.callbacks._averages import averages
 

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from ant_jax._arguments import check_count, check_function
-from ant_jax._callback import Callback
-from ant_jax._history import to_python
-from ant_jax._observed import ObservedLogs
-from ant_jax._windows import Window, joined
+from ant_jax._hooks.callback import Callback
+from ant_jax._hooks.observed import ObservedLogs
+from ant_jax._logs.windows import Window, join_windows
+from ant_jax._state.history import to_python
 from ant_jax.callbacks._printing import print_beside_bars
 from ant_jax.callbacks._runs import PerRun
 
@@ -200,7 +200,7 @@ class _Batches:
             start = end
 
     def _line(self) -> str:
-        window, self._parts = joined(self._parts), []
+        window, self._parts = join_windows(self._parts), []
         rate = sum(window["batch_size"]) / max(self._ended - self._line_began, 1e-9)
         self._line_began = self._ended
         return f"  batch {self._done}{self._total}: {_in_words(window.means())} ({rate:,.0f} examples/s)"

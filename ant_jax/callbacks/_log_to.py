@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from ant_jax._arguments import check_count, check_flag
-from ant_jax._callback import Callback
-from ant_jax._history import to_python
+from ant_jax._hooks.callback import Callback
+from ant_jax._state.history import to_python
 from ant_jax.callbacks._runs import PerRun
 from ant_jax.writers._run_writer import RunWriter, record_of
 from ant_jax.writers._writer import Writer

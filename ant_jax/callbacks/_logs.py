@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ant_jax._callback import Callback
+from ant_jax._hooks.callback import Callback
 from ant_jax.callbacks._log_to import log_to
 from ant_jax.writers import CSVWriter, JSONLinesWriter, MLflowWriter, TensorBoardWriter, WandbWriter
 

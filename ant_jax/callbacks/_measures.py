@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from ant_jax._arguments import check_function, check_positive
-from ant_jax._callback import Callback
+from ant_jax._hooks.callback import Callback
 from ant_jax.callbacks._compile_time import CompileTime
 from ant_jax.callbacks._runs import PerRun
 

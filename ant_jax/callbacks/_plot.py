@@ -9,8 +9,8 @@ from typing import Any
 
 from ant_jax._arguments import check_name, check_path, refuse, require
 from ant_jax._background import Queue
-from ant_jax._callback import Callback
-from ant_jax._history import History
+from ant_jax._hooks.callback import Callback
+from ant_jax._state.history import History
 from ant_jax.callbacks._runs import PerRun
 from ant_jax.writers._paths import Claim, replacing
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from ant_jax._arguments import check_count, check_function, check_path
-from ant_jax._callback import Callback
+from ant_jax._hooks.callback import Callback
 from ant_jax.callbacks._compile_time import CompileTime
 from ant_jax.callbacks._measures import memory_in_gib
 from ant_jax.callbacks._printing import print_beside_bars

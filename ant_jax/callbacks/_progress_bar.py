@@ -11,8 +11,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from ant_jax._arguments import check_function, refuse
-from ant_jax._callback import Callback
-from ant_jax._history import to_python
+from ant_jax._hooks.callback import Callback
+from ant_jax._state.history import to_python
 from ant_jax.callbacks._printing import QUIETLY, Stream
 from ant_jax.callbacks._runs import PerRun
 

@@ -19,9 +19,9 @@ from ant_jax._arguments import (
     check_not_negative,
     refuse,
 )
-from ant_jax._callback import Callback
-from ant_jax._hyperparams import HyperparamError
-from ant_jax._judging import is_number
+from ant_jax._hooks.callback import Callback
+from ant_jax._hooks.returns import is_number
+from ant_jax._state.hyperparams import HyperparamError
 
 
 def learning_rate_schedule(

@@ -13,9 +13,9 @@ import optax
 from jax import lax
 
 from ant_jax._arguments import check_flag
-from ant_jax._callback import Callback
-from ant_jax._logs import Logs
-from ant_jax._packing import entries_of, vector_of
+from ant_jax._hooks.callback import Callback
+from ant_jax._logs.logs import Logs
+from ant_jax._logs.packing import entries_of, vector_of
 from ant_jax._trees import named_leaves
 from ant_jax.writers._values import HISTOGRAM_EXPONENTS
 

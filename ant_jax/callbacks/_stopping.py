@@ -21,8 +21,8 @@ from ant_jax._arguments import (
     check_positive,
     number,
 )
-from ant_jax._callback import Callback
-from ant_jax._hyperparams import Hyperparam
+from ant_jax._hooks.callback import Callback
+from ant_jax._state.hyperparams import Hyperparam
 from ant_jax.callbacks._averages import evaluated_in, with_averages
 from ant_jax.callbacks._runs import PerRun
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from ant_jax._arguments import check_count, check_flag, check_fraction, number
-from ant_jax._callback import Callback
-from ant_jax._hyperparams import Hyperparam
+from ant_jax._hooks.callback import Callback
+from ant_jax._state.hyperparams import Hyperparam
 from ant_jax.callbacks._averages import evaluated_in
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ant_jax._host_fields import StateMismatch
+from ant_jax._state.host_fields import StateMismatch
 from ant_jax.interop._layouts import TORCH_NAMES, Layout, Misfit, is_convolution, is_linear, layout
 from ant_jax.interop._report import left_over
 from ant_jax.interop._requests import Request
@@ -30,7 +30,7 @@ class Pair(NamedTuple):
     layout: Layout
 
 
-def paired(entries: list[Entry], leaves: list[Leaf], request: Request, function: str) -> list[Pair]:
+def pair(entries: list[Entry], leaves: list[Leaf], request: Request, function: str) -> list[Pair]:
     """Pair every parameter with the leaf at its path.
 
     Args:

@@ -80,11 +80,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from ant_jax._host_fields import StateMismatch
-from ant_jax._state import strong
+from ant_jax._state.host_fields import StateMismatch
+from ant_jax._state.leaves import strong
 from ant_jax._trees import PyTree
 from ant_jax.interop._layouts import Shape
-from ant_jax.interop._pairing import Pair, paired
+from ant_jax.interop._pairing import Pair, pair
 from ant_jax.interop._requests import Request, request
 from ant_jax.interop._sides import entries_of, leaves_of
 from ant_jax.interop._tensors import as_like, as_numpy, is_array, memory
@@ -205,7 +205,7 @@ def _pairs(
         if not is_array(value):
             hint = "; is the state_dict inside it?" if isinstance(value, Mapping) else "; leave it out"
             raise TypeError(f"{function}: {argument}[{key!r}] must be a tensor, got {type(value).__name__}{hint}")
-    return paired(entries_of(state_dict), leaves_of(params, model_state), asked, function)
+    return pair(entries_of(state_dict), leaves_of(params, model_state), asked, function)
 
 
 def _placed(value: np.ndarray, template: Any) -> Any:

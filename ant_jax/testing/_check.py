@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ant_jax._callback import BATCH_HOOKS, HOOKS, HOST_HOOKS, STEP_HOOKS, Callback, hooks_of
-from ant_jax._judging import judged
-from ant_jax._logs import Logs, UnknownLog
-from ant_jax._state import TrainState
-from ant_jax._trainer import Trainer
-from ant_jax.testing._compare import CallbackFault, as_text, bytes_of, described, difference, host_memories
+from ant_jax._hooks.callback import BATCH_HOOKS, HOOKS, HOST_HOOKS, STEP_HOOKS, Callback, hooks_of
+from ant_jax._hooks.returns import check_return
+from ant_jax._logs.logs import Logs, UnknownLog
+from ant_jax._state.train_state import TrainState
+from ant_jax._trainer.trainer import Trainer
+from ant_jax.testing._compare import CallbackFault, as_text, bytes_of, describe_state, difference, host_memories
 from ant_jax.testing._effects import changed_reach, files_and_connections, reach
 from ant_jax.testing._problem import Problem, problem
 
@@ -65,11 +65,11 @@ def check_callback(make: Callable[[], Callback], *, twice: bool = True, **option
     fused = problem(callback, moments.callback(), **{**options, "fuse": True})
     _check_traces(callback, fused)
     _check_by_hand(callback, fused)
-    before = described(fused.state)
+    before = describe_state(fused.state)
     with _counted_compilations() as compiled:
         moments.compiled = compiled
         whole = _trained(callback, fused)
-        _refuse(before != described(fused.state), callback, "it changed the state that fit was given, in place")
+        _refuse(before != describe_state(fused.state), callback, "it changed the state that fit was given, in place")
         _check_compilations_of_epochs(callback, moments)
         _check_memories(callback, moments)
         if twice:
@@ -208,14 +208,14 @@ def _check_by_hand(callback: Callback, tiny: Problem) -> None:
                 arguments = (*given, Logs(logs))
                 try:
                     result = moment.hook(*([whole(lead)] if moment.has_lead else []), tiny.trainer, *arguments)
-                    *given, published = judged(name, arguments, result)
+                    *given, published = check_return(name, arguments, result)
                 except UnknownLog:
                     break
                 except Exception as error:
                     fault = f"called by hand with {kind}'s numbers, it fails: {error}"
                     raise CallbackFault(f"callback {callback.name!r}, {name}: {fault}") from error
                 numbers = {log: np.asarray(value, np.float64) for log, value in published.items()}
-                results[kind].append((described(given[0]), bool(given[0].stop), given[1:], numbers))
+                results[kind].append((describe_state(given[0]), bool(given[0].stop), given[1:], numbers))
         for kind, result in results.items():
             same = all(jax.tree.leaves(jax.tree.map(np.array_equal, results["JAX"], result)))
             _refuse(
@@ -231,7 +231,7 @@ def _check_trace(
     def trace() -> Any:
         def traced(lead: Any, given: Any, values: Any) -> Any:  # a new function, or JAX would remember the first trace
             arguments = (*given, Logs({**logs, **values}))
-            *rest, published = judged(name, arguments, hook(*lead, trainer, *arguments))
+            *rest, published = check_return(name, arguments, hook(*lead, trainer, *arguments))
             return rest, {log: value for log, value in published.items() if not isinstance(value, int)}
 
         return jax.make_jaxpr(traced)(lead, given, known)

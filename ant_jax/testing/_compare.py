@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ant_jax._encoding import encoded
-from ant_jax._host_fields import PLAIN_FIELDS
-from ant_jax._state import DATA_FIELDS, TrainState
+from ant_jax._state.encoding import encode
+from ant_jax._state.host_fields import PLAIN_FIELDS
+from ant_jax._state.train_state import DATA_FIELDS, TrainState
 from ant_jax._trees import named_leaves
 
 
@@ -30,14 +30,14 @@ def host_memories(state: TrainState) -> dict[str, Any]:
 
 def difference(expected: TrainState, got: TrainState) -> str:
     """Name the first thing in which two states differ; empty when they do not."""
-    one, other = described(expected), described(got)
+    one, other = describe_state(expected), describe_state(got)
     for name in sorted(one.keys() | other.keys()):
         if one.get(name) != other.get(name):
             return f"{name} differs"
     return "" if expected.history == got.history else f"the history differs:\n{expected.history}\nand\n{got.history}"
 
 
-def described(state: TrainState) -> dict[str, Any]:
+def describe_state(state: TrainState) -> dict[str, Any]:
     """Everything in a state but its history, by name, as values that can be compared."""
     host = state.on_host()
     tree = {field: getattr(state, field) for field in DATA_FIELDS} | {"host": {"log_sums": host.log_sums}}
@@ -62,6 +62,6 @@ def bytes_of(leaf: Any) -> Any:
 def as_text(memory: Any, name: str) -> str:
     """The host memory of the callback ``name`` as it would be saved."""
     try:
-        return json.dumps(encoded(memory, f"the memory of callback {name!r}"))
+        return json.dumps(encode(memory, f"the memory of callback {name!r}"))
     except TypeError as error:
         raise CallbackFault(f"callback {name!r}: its memory does not survive saving: {error}") from error

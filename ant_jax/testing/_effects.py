@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ant_jax._callback import Callback
+from ant_jax._hooks.callback import Callback
 
 
 DEPTH = 6  # how far references are followed

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ant_jax._callback import Callback
-from ant_jax._state import TrainState
-from ant_jax._trainer import Trainer
-from ant_jax.data import ArrayLoader
+from ant_jax._data.array_loader import ArrayLoader
+from ant_jax._hooks.callback import Callback
+from ant_jax._state.train_state import TrainState
+from ant_jax._trainer.trainer import Trainer
 
 
 class Problem(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from ant_jax._callback import HOOKS, Callback
+from ant_jax._hooks.callback import HOOKS, Callback
 
 
 class _Recorder(Callback):

@@ -7,10 +7,10 @@ import tempfile
 from collections.abc import Iterable
 from typing import Any
 
-from ant_jax._callback import Callback
-from ant_jax._feed import Loaders
-from ant_jax._state import TrainState
-from ant_jax._trainer import Trainer
+from ant_jax._data.epoch_batches import Loaders
+from ant_jax._hooks.callback import Callback
+from ant_jax._state.train_state import TrainState
+from ant_jax._trainer.trainer import Trainer
 from ant_jax.testing._compare import difference
 
 

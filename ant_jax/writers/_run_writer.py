@@ -26,6 +26,11 @@ def record_of(logs: Mapping[str, Any]) -> Record:
     return Record(scalars, {name: value for name, value in logs.items() if name not in scalars})
 
 
+def _kept(values: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The values as they are now: a hook may use an array of numpy again before the background has read it."""
+    return {name: np.array(value) if isinstance(value, np.ndarray) else value for name, value in (values or {}).items()}
+
+
 class RunWriter:
     """A writer while a run goes on, its queue, and the place in the run.
 
@@ -46,6 +51,8 @@ class RunWriter:
         self._find(state)
         step = self.step(state.batch_idx, state) - unwritten
         self.writer = writer.open(Start(state.epoch, step, run_id, is_borne()))
+        if not isinstance(self.writer, Writer):
+            raise TypeError(f"{type(writer).__name__}.open must return the writer of the run, got {self.writer!r}")
 
     def submit(self, read: Callable[[], Record], epoch: int, step: int) -> None:
         """Write in the background what ``read`` returns there.
@@ -120,15 +127,19 @@ def write(
         texts: strings by name.
 
     Raises:
-        ValueError: an image has another dtype or shape.
+        ValueError: an image has another dtype or shape, or a scalar is no number.
     """
     for name, image in (images or {}).items():
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3, 4):
+        dtype, shape = getattr(image, "dtype", None), np.shape(image)
+        if dtype != np.uint8 or len(shape) != 3 or shape[2] not in (1, 3, 4):
             raise ValueError(
                 f"writers.write: image {name!r} must be uint8[height, width, channels] with 1, 3 or 4 channels, got "
-                f"{image.dtype}{list(image.shape)}"
+                f"{dtype or type(image).__name__}{list(shape)}"
             )
-    scalars, histograms, images = dict(scalars or {}), dict(histograms or {}), dict(images or {})
+    for name, value in (scalars or {}).items():
+        if isinstance(value, str) or np.ndim(value) != 0:
+            raise ValueError(f"writers.write: scalar {name!r} must be one number, got {value!r:.80}")
+    scalars, histograms, images = (_kept(values) for values in (scalars, histograms, images))
     texts = dict(texts or {})
 
     def read() -> Record:

@@ -30,7 +30,7 @@ class Stream:
             yield inputs[rows], targets[rows]
 
 
-class Ahead:
+class Prefetcher:
     """Batches of a loader on the device, the next one on its way there while the one before is used."""
 
     def __init__(self, loader: Iterable[Arrays]):
@@ -65,4 +65,4 @@ def from_grain(workload: Workload) -> Train:
 
 def by_hand(workload: Workload) -> Train:
     """A launch a step, with the next batch on its way to the device while the step runs."""
-    return per_step(workload, Ahead(Stream(workload)))
+    return per_step(workload, Prefetcher(Stream(workload)))

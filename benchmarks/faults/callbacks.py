@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ant_jax as ant
-from ant_jax._history import History
+from ant_jax._state.history import History
 from ant_jax.testing._compare import difference
 from ant_jax.testing._problem import problem
 from benchmarks.faults.trials import Bench, Row, expect

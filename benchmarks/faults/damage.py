@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import ant_jax as ant
-from ant_jax._seal import CheckpointCorrupt
+from ant_jax._checkpoint.manifest import CheckpointCorrupt
 from benchmarks.faults.children import committed, unfinished
 from benchmarks.faults.job import Job, digest
 from benchmarks.faults.trials import Bench, Row, expect

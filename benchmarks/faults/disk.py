@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ant_jax as ant
-from ant_jax._seal import CheckpointError
+from ant_jax._checkpoint.manifest import CheckpointError
 from benchmarks.faults.children import Child, committed, compiled_once, sleep, unfinished
 from benchmarks.faults.job import Job, digest
 from benchmarks.faults.trials import Bench, Row, expect

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 import ant_jax as ant
-from ant_jax._callback import HOOKS
+from ant_jax._hooks.callback import HOOKS
 from ant_jax.testing._compare import difference
 from ant_jax.testing._problem import Problem, problem
 from benchmarks.faults.children import unfinished

@@ -21,7 +21,7 @@ import optax
 from flax import linen as nn
 
 import ant_jax as ant
-from ant_jax.testing._compare import bytes_of, described
+from ant_jax.testing._compare import bytes_of, describe_state
 
 
 BATCH, FEATURES = 16, 32
@@ -129,7 +129,7 @@ def held_out() -> ant.ArrayLoader:
 
 def digest(state: ant.TrainState) -> str:
     """SHA-256 of all that a run ends with, the key, memories and history included."""
-    parts = described(state) | {"key": bytes_of(state.key)}
+    parts = describe_state(state) | {"key": bytes_of(state.key)}
     position = state.epoch, state.batch_idx, bool(state.stop), repr(list(state.history))
     return hashlib.sha256(repr((sorted(parts.items()), position)).encode()).hexdigest()
 

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 import ant_jax as ant
-from ant_jax._checkpoint import read
+from ant_jax._checkpoint.reading import read
 from ant_jax._finite import NonFiniteError
 from ant_jax._trees import named_leaves
 from benchmarks.faults.children import committed

@@ -12,7 +12,7 @@ import pytest
 from problems import assert_bit_equal, batches, data, host, numbers, trainer
 
 import ant_jax as ant
-from ant_jax._callback import HOOKS, hooks_of
+from ant_jax._hooks.callback import HOOKS, hooks_of
 
 
 library = ant.callbacks

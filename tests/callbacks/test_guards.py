@@ -12,7 +12,7 @@ import pytest
 from problems import assert_bit_equal, host, trainer
 
 import ant_jax as ant
-from ant_jax._pace import Pace
+from ant_jax._engine.launch_size import LaunchSizer
 
 
 library = ant.callbacks
@@ -55,7 +55,7 @@ def terminating(request) -> ant.Trainer:
 
 @pytest.fixture(autouse=True)
 def as_many_steps_a_launch_as_there_are(monkeypatch) -> None:
-    monkeypatch.setattr(Pace, "steps", property(lambda pace: 10**6, lambda pace, steps: None), raising=False)
+    monkeypatch.setattr(LaunchSizer, "steps", property(lambda pace: 10**6, lambda pace, steps: None), raising=False)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A writer from outside of the package, and what is open for a run."""
 
+import time
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,47 @@ def test_rows_of_epochs_may_be_left_out():
     writer = Remembering()
     fit(log_to(writer, every=4, epochs=False))
     assert [step for _, step, _ in writer.rows] == [4, 8]
+
+
+def test_an_array_that_a_hook_uses_again_is_written_as_it_was():
+    frame, pictures = np.zeros((2, 2, 3), np.uint8), []
+
+    class Slow(Remembering):
+        def write_images(self, step: int, images: Any, *, epoch: int) -> None:
+            time.sleep(0.01)
+            pictures.append(int(images["frame"].max()))
+
+    def on_batch_end(batch_idx: int, trainer: Any, state: Any, logs: Any) -> Any:
+        frame[:] = batch_idx + 1
+        writers.write(trainer, state, images={"frame": frame})
+        return state, logs
+
+    fit(log_to(Slow()), host("note", on_batch_end=on_batch_end), epochs=1)
+    assert pictures == [1, 2, 3, 4]
+
+
+def test_what_is_no_writer_or_no_number_is_named():
+    class Forgetful(Remembering):
+        def open(self, start: Any) -> Any: ...
+
+    with pytest.raises(TypeError, match="Forgetful.open must return the writer of the run, got None"):
+        fit(log_to(Forgetful()))
+
+    def on_epoch_end(epoch: int, trainer: Any, state: Any, logs: Any) -> Any:
+        writers.write(trainer, state, **given)
+        return state, logs
+
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"scalars": {"said": "seven"}}, "scalar 'said' must be one number, got 'seven'"),
+        ({"scalars": {"many": np.ones(3)}}, "scalar 'many' must be one number"),
+        ({"images": {"f": [[1]]}}, "image 'f' must be uint8.*got list"),
+    )
+    given: dict[str, Any] = {}
+    for arguments, message in refused:
+        given.clear()
+        given.update(arguments)
+        with pytest.raises(ValueError, match=message):
+            fit(log_to(Remembering()), host("note", on_epoch_end=on_epoch_end))
 
 
 @pytest.mark.parametrize("every", [None, 1])

@@ -10,9 +10,9 @@ import pytest
 from problems import adam, batches, host, trainer
 
 import ant_jax as ant
-from ant_jax._branches import run_if
-from ant_jax._logs import Logs
-from ant_jax._packing import pack
+from ant_jax._logs.logs import Logs
+from ant_jax._logs.packing import pack
+from ant_jax._step.branches import run_if
 from ant_jax.callbacks._statistics import GROUP, HISTOGRAM_EXPONENTS, SMALL, _histogram, _norms
 
 

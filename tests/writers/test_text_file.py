@@ -16,8 +16,8 @@ from problems import batches, host, trainer
 
 import ant_jax as ant
 from ant_jax._background import Queue
-from ant_jax._callback import hooks_of
-from ant_jax._windows import Window
+from ant_jax._hooks.callback import hooks_of
+from ant_jax._logs.windows import Window
 from ant_jax.callbacks import _log_to
 from ant_jax.writers import CSVWriter, JSONLinesWriter, _text_file
 

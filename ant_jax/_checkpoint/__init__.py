@@ -1,0 +1,1 @@
+"""Checkpoints: the one room that knows Orbax."""

@@ -1,0 +1,1 @@
+"""Loaders, the batches of an epoch, reading ahead, checks."""

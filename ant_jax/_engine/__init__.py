@@ -1,0 +1,1 @@
+"""The compiled programs, the buffers that they donate, and how many steps a launch has."""

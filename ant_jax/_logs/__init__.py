@@ -1,0 +1,1 @@
+"""Logged values: of a step, over a window of batches, summed over an epoch."""

@@ -1,0 +1,1 @@
+"""The host loop of ``fit`` and ``evaluate``."""

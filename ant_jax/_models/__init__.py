@@ -1,0 +1,1 @@
+"""Any model as two pure functions."""

@@ -1,0 +1,1 @@
+"""The pure step: gradient, traced hooks, optax."""
