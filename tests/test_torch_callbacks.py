@@ -196,6 +196,7 @@ def test_wandb(tmp_path, monkeypatch):
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
+@pytest.mark.torch
 def test_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -234,6 +235,7 @@ def test_printing_at_every_batch(capsys):
     assert all(float(line.split("= ")[1]) > 0 for line in lines if "Batch" in line)
 
 
+@pytest.mark.torch
 def test_all_of_them_at_once_change_no_number(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     plain, _ = fit()
