@@ -40,7 +40,6 @@ The batch hooks of observers are called when a launch is done, and before any ot
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
@@ -72,9 +71,6 @@ from ant_jax._state.host_fields import HostFields, StateMismatch
 from ant_jax._state.leaves import refuse_mismatch
 from ant_jax._state.train_state import TrainState
 from ant_jax._trees import in_lines
-
-
-_logger = logging.getLogger("ant_jax")
 
 
 class Loop:

@@ -145,17 +145,16 @@ class Carried:
         leaf.flags.writeable = False
         return leaf
 
-    def given(self) -> np.ndarray | None:
-        """Return the leaf for a function of JAX, whose result may need what it names."""
-        leaf = self.leaf
-        if leaf is not None:
-            name = leaf.tobytes()
-            with _lock:
-                _alive[name] = _recent[name] = self
-                _recent.move_to_end(name)
-                if len(_recent) > RECENT:
-                    _recent.popitem(last=False)
-        return leaf
+    def remember(self) -> None:
+        """Remember the host fields by their name, because the result of a function of JAX may need them."""
+        if self.leaf is None:
+            return
+        name = self.leaf.tobytes()
+        with _lock:
+            _alive[name] = _recent[name] = self
+            _recent.move_to_end(name)
+            if len(_recent) > RECENT:
+                _recent.popitem(last=False)
 
     def _digest(self) -> bytes | None:
         host = self.host

@@ -128,8 +128,7 @@ class TrainState:
         return *[getattr(self, field) for field in DATA_FIELDS], self.stop, self.skip, self.callback_states
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Carried]:
-        leaf, carried, memories = self._departing()
-        children = [leaf, *[self.__dict__[field] for field in _CHILDREN[:-1]], memories]
+        children, carried = self.tree_flatten()
         return list(zip(_KEYS, children, strict=True)), carried
 
     def tree_flatten(self) -> tuple[list[Any], Carried]:
@@ -174,7 +173,7 @@ class TrainState:
             self.__dict__["_travelling"] = carried.leaf, carried, memories
         leaf, carried, memories = self.__dict__["_travelling"]
         if leaf is carried.__dict__.get("leaf"):  # and not one that is still to be compared with its own
-            carried.given()
+            carried.remember()
         return leaf, carried, memories
 
     def _arrive(self) -> None:
